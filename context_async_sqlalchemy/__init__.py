@@ -1,0 +1,60 @@
+"""Request-scoped sessions for SQLAlchemy's asyncio extension: 2xx means committed."""
+
+from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
+from context_async_sqlalchemy.auto_commit import (
+    BeforeCommitCallback,
+    auto_commit_by_status_code,
+    close_all_sessions,
+    commit_all_sessions,
+    rollback_all_sessions,
+)
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.context import (
+    ContextAlreadyInitiatedError,
+    ContextClosedError,
+    ContextNotInitiatedError,
+    get_db_session_from_context,
+    init_db_session_ctx,
+    is_context_initiated,
+    pop_db_session_from_context,
+    put_db_session_to_context,
+    reset_db_session_ctx,
+)
+from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx, run_in_new_ctx
+from context_async_sqlalchemy.session import (
+    atomic_db_session,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    rollback_db_session,
+)
+
+__all__ = [
+    "ASGIHTTPDBSessionMiddleware",
+    "BeforeCommitCallback",
+    "ContextAlreadyInitiatedError",
+    "ContextClosedError",
+    "ContextNotInitiatedError",
+    "DBConnect",
+    "atomic_db_session",
+    "auto_commit_by_status_code",
+    "close_all_sessions",
+    "close_db_session",
+    "commit_all_sessions",
+    "commit_db_session",
+    "db_session",
+    "get_db_session_from_context",
+    "init_db_session_ctx",
+    "is_context_initiated",
+    "new_db_session_ctx",
+    "new_non_ctx_atomic_session",
+    "new_non_ctx_session",
+    "pop_db_session_from_context",
+    "put_db_session_to_context",
+    "reset_db_session_ctx",
+    "rollback_all_sessions",
+    "rollback_db_session",
+    "run_in_new_ctx",
+]

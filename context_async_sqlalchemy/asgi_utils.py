@@ -1,0 +1,101 @@
+"""The ASGI middleware: a context for each request, committed before the response starts."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from context_async_sqlalchemy.auto_commit import (
+    BeforeCommitCallback,
+    finish,
+    is_success,
+    settle,
+)
+from context_async_sqlalchemy.context import DBSessionContext, is_test_context, open_context
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_SCOPE_KEY = "context_async_sqlalchemy"
+
+
+class ASGIHTTPDBSessionMiddleware:
+    """Give each HTTP request a context, and settle it before the response starts.
+
+    The transaction is committed before `http.response.start` is forwarded, or rolled back,
+    depending on the status. What the application does after that (a streamed body, a background
+    task) is committed before the last part of the body is forwarded, and when it returns. If the
+    application raises, what is open is rolled back. Every session is closed in the end.
+
+    WebSockets get no context: they have no moment of success. Open one for each message, with
+    `new_db_session_ctx`.
+
+    Args:
+        app: The ASGI application.
+        before_commit: Called with each session that is about to be committed. Default None.
+        commit_on: Decides by the status of the response whether to commit. Default: below 400.
+
+    Raises:
+        TypeError: If `before_commit` or `commit_on` is not callable.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None = None,
+        commit_on: Callable[[int], bool] = is_success,
+    ) -> None:
+        if not (before_commit is None or callable(before_commit)):
+            raise TypeError("before_commit must be a function that takes a session")
+        if not callable(commit_on):
+            raise TypeError("commit_on must be a function that takes a status and returns a bool")
+        self.app = app
+        self.before_commit = before_commit
+        self.commit_on = commit_on
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or has_context(scope):
+            await self.app(scope, receive, send)
+            return
+
+        context = open_request_context(scope)
+        started = False
+
+        async def settle_and_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                commit = self.commit_on(message["status"])
+                await settle(context, commit=commit, before_commit=self.before_commit)
+                started = True
+            elif started and not message.get("more_body", False):
+                # Whoever has the whole body shall be able to rely on what was written for it.
+                await settle(context, commit=True, before_commit=self.before_commit)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, settle_and_send)
+        except BaseException:
+            await finish(context, commit=False)
+            raise
+        else:
+            await finish(context, commit=started, before_commit=self.before_commit)
+
+
+def has_context(scope: Scope) -> bool:
+    """Return whether a request takes part in a context that is there already.
+
+    That is one opened by an outer middleware for the same request, or by a test. A context that is
+    merely inherited is another client's: uvicorn starts a pipelined request from inside the task
+    of the one before it.
+    """
+    context = scope.get(_SCOPE_KEY)
+    return (context is not None and not context.closed) or is_test_context()
+
+
+def open_request_context(scope: Scope) -> DBSessionContext:
+    """Open a context for the request with this ASGI scope, and mark the scope as having one."""
+    context = scope[_SCOPE_KEY] = open_context()
+    return context

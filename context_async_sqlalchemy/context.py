@@ -1,0 +1,280 @@
+"""The container of a unit of work's sessions, and the context variable that points at it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextvars import ContextVar, Token
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from context_async_sqlalchemy.connect import DBConnect
+
+T = TypeVar("T")
+
+logger = logging.getLogger("context_async_sqlalchemy")
+
+_HINT = (
+    "In a web application add the middleware; elsewhere open one with "
+    "'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'; for a session "
+    "in no context use 'async with new_non_ctx_session(connect):'."
+)
+
+
+class ContextNotInitiatedError(RuntimeError):
+    """A session was asked for where there is no context to hold it."""
+
+    def __init__(
+        self, message: str = f"There is no database session context here. {_HINT}"
+    ) -> None:
+        super().__init__(message)
+
+
+class ContextClosedError(ContextNotInitiatedError):
+    """A session was asked for in a context that has ended, as by a task outliving its request."""
+
+    def __init__(
+        self, message: str = f"The database session context of this task has ended. {_HINT}"
+    ) -> None:
+        super().__init__(message)
+
+
+class ContextAlreadyInitiatedError(RuntimeError):
+    """A context was opened by hand inside another one."""
+
+    def __init__(
+        self,
+        message: str = "There is a database session context already. To open another one inside "
+        "it, use 'async with new_db_session_ctx():' or 'init_db_session_ctx(force=True)'.",
+    ) -> None:
+        super().__init__(message)
+
+
+class DBSessionContext:
+    """The sessions of one unit of work; one container, shared by all its tasks.
+
+    Attributes:
+        sessions: The session of each connect, by `context_key`.
+        former: Sessions that `db_session` no longer returns (closed or replaced by hand). Somebody
+            may still hold and use them, so they are settled and closed with the rest.
+        locks: What makes the creation of a connect's session single-flight, by `context_key`.
+        is_test: Whether a test opened it, which then also settles it.
+        closed: Whether it has ended.
+        token: What restores the context variable.
+    """
+
+    __slots__ = ("closed", "former", "is_test", "locks", "sessions", "token")
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, AsyncSession] = {}
+        self.former: list[AsyncSession] = []
+        self.locks: dict[str, asyncio.Lock] = {}
+        self.is_test = False
+        self.closed = False
+        self.token: Token[DBSessionContext | None] | None = None
+
+    def in_transaction(self) -> list[AsyncSession]:
+        """Return the sessions with an open transaction, in the order they were made."""
+        return [s for s in (*self.former, *self.sessions.values()) if s.in_transaction()]
+
+    def put(self, context_key: str, session: AsyncSession) -> None:
+        """Make `session` the one of its connect, and keep track of the one it replaces."""
+        replaced = self.sessions.pop(context_key, session)
+        if replaced is not session:
+            self.former.append(replaced)
+        self.sessions[context_key] = session
+
+    async def close_sessions(self) -> None:
+        """Close every session; an error is logged, for there is nothing left to save."""
+        sessions = [*self.former, *self.sessions.values()]
+        self.former.clear()
+        self.sessions.clear()
+        await close_sessions(sessions)
+
+    async def end(self, with_close: bool = True) -> None:
+        """Restore the context variable, refuse whatever comes later, close every session."""
+        self.closed = True
+        token, self.token = self.token, None
+        try:
+            if token is not None:
+                _context.reset(token)
+        except ValueError as error:
+            raise RuntimeError(
+                "This database session context was opened in another task (or with another "
+                "contextvars.Context), and has been closed now. Open and end a context in the "
+                "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
+            ) from error
+        finally:
+            if with_close:
+                await self.close_sessions()
+
+
+_context: ContextVar[DBSessionContext | None] = ContextVar("db_session_context", default=None)
+
+
+def open_context() -> DBSessionContext:
+    """Open a context, whatever is open already; `DBSessionContext.end` ends it."""
+    context = DBSessionContext()
+    context.token = _context.set(context)
+    return context
+
+
+def current_context() -> DBSessionContext:
+    """Return the context of this task.
+
+    Raises:
+        ContextNotInitiatedError: If there is none.
+        ContextClosedError: If it has ended.
+    """
+    context = _context.get()
+    if context is None:
+        raise ContextNotInitiatedError
+    if context.closed:
+        raise ContextClosedError
+    return context
+
+
+def init_db_session_ctx(force: bool = False) -> Token[DBSessionContext | None]:
+    """Open a context by hand; `reset_db_session_ctx` ends it.
+
+    For a middleware of your own; elsewhere `new_db_session_ctx` does both.
+
+    Args:
+        force: Open it even inside another one, which is back afterwards. Default False.
+
+    Returns:
+        The token for `reset_db_session_ctx`.
+
+    Raises:
+        ContextAlreadyInitiatedError: If a context is open and `force` is not set.
+    """
+    if is_context_initiated() and not force:
+        raise ContextAlreadyInitiatedError
+    token = open_context().token
+    assert token is not None
+    return token
+
+
+def is_context_initiated() -> bool:
+    """Return whether there is a context here that has not ended."""
+    context = _context.get()
+    return context is not None and not context.closed
+
+
+def is_test_context() -> bool:
+    """Return whether the context here is open and belongs to a test (`set_test_context`)."""
+    context = _context.get()
+    return context is not None and context.is_test and not context.closed
+
+
+async def reset_db_session_ctx(
+    token: Token[DBSessionContext | None], with_close: bool = True
+) -> None:
+    """End the context that `init_db_session_ctx` opened; the one before it is back.
+
+    What is still uncommitted is rolled back: settle first, with `auto_commit_by_status_code`,
+    `commit_all_sessions` or `rollback_all_sessions`.
+
+    Args:
+        token: What `init_db_session_ctx` returned.
+        with_close: Whether to close the sessions. Default True; with False they are the caller's.
+
+    Raises:
+        ValueError: If the token is not that of the context here; nothing is closed then.
+        RuntimeError: If the context was opened in another task; it is closed all the same.
+    """
+    context = _context.get()
+    if context is None or context.token is None or context.token is not token:
+        raise ValueError(
+            "The token is not the one of the database session context here. Pass what "
+            "init_db_session_ctx() returned, once, in the same task, and end an inner context "
+            "before the outer one; 'async with new_db_session_ctx():' does all that."
+        )
+    await context.end(with_close)
+
+
+def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
+    """Return the context's session for `connect`, or None if it was not asked for yet.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    return current_context().sessions.get(connect.context_key)
+
+
+def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None:
+    """Make `session` the context's session for `connect`.
+
+    The context settles and closes it, and also one that it replaces.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+        TypeError: If it is a sync `Session`.
+    """
+    if isinstance(session, Session):
+        raise TypeError("a context holds AsyncSession objects, not sync Session ones")
+    current_context().put(connect.context_key, session)
+
+
+def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
+    """Take the session for `connect` out of the context; the caller settles and closes it.
+
+    Returns:
+        The session, or None if there was none.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    return current_context().sessions.pop(connect.context_key, None)
+
+
+async def close_sessions(sessions: list[AsyncSession]) -> None:
+    """Close all of `sessions`, even under cancellation and when one of them fails to close."""
+    if any(session.in_transaction() for session in sessions):
+        await run_to_completion(_close_each(sessions))
+    else:
+        # Nothing is sent to a server then, so that nothing can be torn: spare the task.
+        await _close_each(sessions)
+
+
+async def _close_each(sessions: list[AsyncSession]) -> None:
+    for session in sessions:
+        try:
+            await session.close()
+        except Exception:
+            logger.exception("A database session failed to close; its connection is invalidated")
+            await invalidate(session)
+
+
+async def invalidate(session: AsyncSession) -> None:
+    """Discard the connections of a session that failed to roll back or to close."""
+    try:
+        await session.invalidate()
+    except Exception:
+        logger.exception("The connection of a database session could not be invalidated")
+
+
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
+
+    asyncio cancels once; an anyio cancel scope cancels again at every await. The cancellation is
+    raised when the work has ended; an error of the work is logged then.
+    """
+    task = asyncio.create_task(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as cancelled:
+            cancellation = cancelled
+    if cancellation is None:
+        return task.result()
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("A database session failed after its task was cancelled", exc_info=error)
+    raise cancellation

@@ -1,0 +1,27 @@
+"""The middleware for FastAPI."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from context_async_sqlalchemy.auto_commit import BeforeCommitCallback
+from context_async_sqlalchemy.starlette_utils import (
+    add_starlette_http_db_session_middleware,
+)
+from context_async_sqlalchemy.starlette_utils import (
+    starlette_http_db_session_middleware as fastapi_http_db_session_middleware,
+)
+
+__all__ = ["add_fastapi_http_db_session_middleware", "fastapi_http_db_session_middleware"]
+
+
+def add_fastapi_http_db_session_middleware(
+    app: FastAPI, before_commit: BeforeCommitCallback | None = None
+) -> None:
+    """Add the middleware to a FastAPI application.
+
+    Args:
+        app: The application.
+        before_commit: Called with each session that is about to be committed. Default None.
+    """
+    add_starlette_http_db_session_middleware(app, before_commit)

@@ -1,0 +1,182 @@
+"""The session of the context, and what users do with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Literal, TypeAlias, get_args
+
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy.auto_commit import rollback_sessions
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.context import (
+    ContextClosedError,
+    DBSessionContext,
+    close_sessions,
+    current_context,
+    get_db_session_from_context,
+)
+
+CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise"]
+
+
+async def db_session(connect: DBConnect) -> AsyncSession:
+    """Return the session of the context for `connect`, made on the first call.
+
+    Every coroutine and child task of the context gets the same one. It is committed or rolled
+    back, and closed, when the context ends.
+
+    Args:
+        connect: The database.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    context = current_context()
+    session = context.sessions.get(connect.context_key)
+    if session is None:
+        session = await _create_session(context, connect)
+    return session
+
+
+def atomic_db_session(
+    connect: DBConnect, current_transaction: CurrentTransaction = "commit"
+) -> AbstractAsyncContextManager[AsyncSession]:
+    """Run a block in a transaction of the context's session, committed at its end.
+
+    An exception rolls it back.
+
+        async with atomic_db_session(connect) as session:
+            session.add(User(name="Ann"))
+
+    Args:
+        connect: The database.
+        current_transaction: What becomes of a transaction that is open already: "commit" (the
+            default) and "rollback" end it before the block; "append" makes it the block's, which
+            commits both or rolls back both; "raise" refuses it.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+        InvalidRequestError: If a transaction is open and `current_transaction` is "raise".
+        ValueError: If `current_transaction` is none of these.
+    """
+    if current_transaction not in get_args(CurrentTransaction):
+        names = ", ".join(repr(name) for name in get_args(CurrentTransaction))
+        raise ValueError(f"current_transaction must be one of {names}, not {current_transaction!r}")
+    return _atomic_db_session(connect, current_transaction)
+
+
+async def commit_db_session(connect: DBConnect) -> None:
+    """Commit the context's session for `connect` now, if there is one.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    session = get_db_session_from_context(connect)
+    if session is not None:
+        await session.commit()
+
+
+async def rollback_db_session(connect: DBConnect) -> None:
+    """Roll back the context's session for `connect` now, if there is one.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    session = get_db_session_from_context(connect)
+    if session is not None:
+        await session.rollback()
+
+
+async def close_db_session(connect: DBConnect) -> None:
+    """Close the context's session for `connect` now, if there is one.
+
+    Its connection goes back to the pool; what was not committed is rolled back. `db_session` makes
+    a new session if it is called again.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    context = current_context()
+    session = context.sessions.pop(connect.context_key, None)
+    if session is not None:
+        context.former.append(session)
+        await session.close()
+
+
+@asynccontextmanager
+async def new_non_ctx_session(connect: DBConnect) -> AsyncGenerator[AsyncSession]:
+    """Make a session in no context for a block, and close it at its end.
+
+    What the block does not commit is rolled back.
+
+    Args:
+        connect: The database.
+    """
+    session = await connect.create_session()
+    try:
+        yield session
+    finally:
+        await close_sessions([session])
+
+
+@asynccontextmanager
+async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[AsyncSession]:
+    """Make a session in no context for a block, and commit it at its end.
+
+    An exception rolls it back.
+
+    Args:
+        connect: The database.
+    """
+    async with new_non_ctx_session(connect) as session:
+        await session.begin()
+        yield session
+        await session.commit()
+
+
+async def _create_session(context: DBSessionContext, connect: DBConnect) -> AsyncSession:
+    key = connect.context_key
+    # Two tasks may ask first at the same time, and the handler of the connect may really wait.
+    async with context.locks.setdefault(key, asyncio.Lock()):
+        session = context.sessions.get(key)
+        if session is None:
+            session = await connect.create_session()
+            if context.closed:
+                await session.close()
+                raise ContextClosedError
+            context.put(key, session)
+        return session
+
+
+@asynccontextmanager
+async def _atomic_db_session(
+    connect: DBConnect, current_transaction: CurrentTransaction
+) -> AsyncGenerator[AsyncSession]:
+    session = await db_session(connect)
+    if session.in_transaction():
+        if current_transaction == "raise":
+            raise InvalidRequestError(
+                "A transaction is open already on the database session of this context: commit it "
+                'first, or choose "commit", "rollback" or "append" as current_transaction.'
+            )
+        if current_transaction == "commit":
+            await session.commit()
+        elif current_transaction == "rollback":
+            await session.rollback()
+    if not session.in_transaction():
+        await session.begin()
+    try:
+        yield session
+        await session.commit()
+    except BaseException:
+        await rollback_sessions([session])
+        raise

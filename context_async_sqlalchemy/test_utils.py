@@ -1,0 +1,77 @@
+"""For users' tests: one transaction for the test and the application, rolled back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.context import (
+    current_context,
+    init_db_session_ctx,
+    put_db_session_to_context,
+    reset_db_session_ctx,
+)
+from context_async_sqlalchemy.session import new_non_ctx_session
+
+
+@asynccontextmanager
+async def rollback_session(connection: DBConnect) -> AsyncGenerator[AsyncSession]:
+    """Make a session for a test, and roll it back at the end.
+
+    Args:
+        connection: The database.
+    """
+    async with new_non_ctx_session(connection) as session:
+        yield session
+
+
+@asynccontextmanager
+async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
+    """Open a context in which a test calls the application.
+
+    The middleware joins it, and leaves settling and closing to the test.
+
+    Args:
+        auto_close: Whether to close its sessions at the end, which rolls them back. Default False:
+            whoever put them there closes them, as `put_savepoint_session_in_ctx` does.
+
+    Raises:
+        ContextAlreadyInitiatedError: If a context is open.
+    """
+    token = init_db_session_ctx()
+    current_context().is_test = True
+    try:
+        yield
+    finally:
+        await reset_db_session_ctx(token, with_close=auto_close)
+
+
+@asynccontextmanager
+async def put_savepoint_session_in_ctx(
+    connection: DBConnect, session: AsyncSession
+) -> AsyncGenerator[AsyncSession]:
+    """Put a session into the context that shares the connection of a test's `session`.
+
+    What the application commits through it releases a savepoint, which the test's session sees,
+    and undoes when it is rolled back.
+
+        async with rollback_session(connection) as session, set_test_context():
+            async with put_savepoint_session_in_ctx(connection, session):
+                ...
+
+    Args:
+        connection: The database.
+        session: The session of the test, as `rollback_session` makes it.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+    """
+    session_maker = await connection.session_maker()
+    async with session_maker(
+        bind=await session.connection(), join_transaction_mode="create_savepoint"
+    ) as savepoint_session:
+        put_db_session_to_context(connection, savepoint_session)
+        yield savepoint_session

@@ -1,0 +1,176 @@
+"""Fixtures: a database for each worker, connects to it, and what is really in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from sqlalchemy import URL, NullPool, make_url, text
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+
+from context_async_sqlalchemy import DBConnect
+from tests.models import Base
+from tests.postgres import postgres_server
+
+_resources = ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The workers of pytest-xdist inherit the environment of the process that starts them.
+    if not hasattr(config, "workerinput") and "TEST_DATABASE_URL" not in os.environ:
+        os.environ["TEST_DATABASE_URL"] = _resources.enter_context(postgres_server())
+        _resources.callback(os.environ.pop, "TEST_DATABASE_URL")
+
+
+def pytest_unconfigure() -> None:
+    _resources.close()
+
+
+@pytest.fixture(scope="session")
+def database_url(worker_id: str) -> Generator[URL]:
+    """Return the URL of a database of this worker's own."""
+    server = make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
+    name = f"context_async_sqlalchemy_{worker_id}"
+    url = server.set(database=name)
+
+    async def run(url: URL, *statements: str) -> None:
+        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        async with engine.connect() as connection:
+            for statement in statements:
+                await connection.execute(text(statement))
+
+    async def create_tables() -> None:
+        engine = create_async_engine(url, poolclass=NullPool)
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+
+    drop = f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"
+    asyncio.run(run(server, drop, f"CREATE DATABASE {name}"))
+    asyncio.run(create_tables())
+    yield url
+    asyncio.run(run(server, drop))
+
+
+class Database:
+    """What is really in the database, seen through a connection of its own."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def names(self) -> list[str]:
+        """Return the names of the committed items, in the order they were made."""
+        return [r["name"] for r in await self._connection.fetch("SELECT name FROM item ORDER BY id")]
+
+    async def seats(self) -> list[int]:
+        """Return the numbers of the committed seats, in the order they were made."""
+        rows = await self._connection.fetch("SELECT number FROM seat ORDER BY id")
+        return [r["number"] for r in rows]
+
+    async def states(self) -> list[str]:
+        """Return what the server says of every other connection that is not idle."""
+        rows = await self._connection.fetch(
+            "SELECT state FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
+        )
+        return [r["state"] for r in rows]
+
+    async def connections(self) -> int:
+        """Return how many other connections there are."""
+        count: int = await self._connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        return count
+
+
+@pytest_asyncio.fixture
+async def database(database_url: URL) -> AsyncGenerator[Database]:
+    """Empty the tables; return a way to look at what was committed."""
+    url = database_url.set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(url)
+    await connection.execute("TRUNCATE item, seat RESTART IDENTITY")
+    yield Database(connection)
+    await connection.close()
+
+
+@pytest_asyncio.fixture
+async def connect(database_url: URL, database: Database) -> AsyncGenerator[DBConnect]:
+    """Return a connect to PostgreSQL, and check that every connection comes home."""
+    async with checked_connect(database_url, database) as connect:
+        yield connect
+
+
+@pytest_asyncio.fixture
+async def second_connect(database_url: URL, database: Database) -> AsyncGenerator[DBConnect]:
+    """Return another connect, with an engine of its own."""
+    async with checked_connect(database_url, database) as connect:
+        yield connect
+
+
+@pytest_asyncio.fixture
+async def sqlite_connect(tmp_path: Path) -> AsyncGenerator[DBConnect]:
+    """Return a connect to a SQLite file with the tables in it."""
+    connect = make_connect(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
+    await connect.session_maker()
+    assert connect.engine is not None
+    async with connect.engine.begin() as connection:
+        await connection.run_sync(Base.metadata.tables["item"].create)
+    yield connect
+    assert checked_out(connect) == 0
+    await connect.close()
+
+
+def make_connect(url: URL | str, **options: Any) -> DBConnect:
+    """Make a connect whose host is that of `url` (a name for a file, too, where it has none)."""
+
+    def create_engine(host: str) -> AsyncEngine:
+        target = make_url(url)
+        return create_async_engine(
+            target.set(host=host) if target.host else target, **{"pool_size": 5} | options
+        )
+
+    def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return async_sessionmaker(engine, expire_on_commit=False)
+
+    return DBConnect(create_engine, create_session_maker, host=make_url(url).host or "file")
+
+
+@asynccontextmanager
+async def checked_connect(
+    url: URL, database: Database, **options: Any
+) -> AsyncGenerator[DBConnect]:
+    """Make a connect for a test; at its end the pool is whole and nothing is left open."""
+    connect = make_connect(url, **options)
+    yield connect
+    try:
+        assert checked_out(connect) == 0, "a connection is still out of the pool"
+        assert await database.states() == [], "a connection is still in a transaction"
+    finally:
+        await connect.close()
+
+
+def checked_out(connect: DBConnect) -> int:
+    """Return how many connections are out of the pool."""
+    if connect.engine is None:
+        return 0
+    count: int = connect.engine.pool.checkedout()  # type: ignore[attr-defined]
+    return count
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until `condition` holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)

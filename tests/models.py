@@ -1,0 +1,32 @@
+"""The tables of the tests."""
+
+from __future__ import annotations
+
+from sqlalchemy import Engine, String, UniqueConstraint, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    """A row with a unique name."""
+
+    __tablename__ = "item"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+
+
+class Seat(Base):
+    """A row whose unique number is checked at COMMIT only."""
+
+    __tablename__ = "seat"
+    __table_args__ = (UniqueConstraint("number", deferrable=True, initially="DEFERRED"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int]
+
+
+__all__ = ["Base", "Engine", "Item", "Seat", "event"]

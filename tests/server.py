@@ -1,0 +1,41 @@
+"""A real HTTP server for an application, in the event loop of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+
+@asynccontextmanager
+async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
+    """Serve `app` with uvicorn on a free loopback port; yields the port."""
+    # The socket listens already: a client that comes before the server has started waits.
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+        listener.close()
+
+
+@asynccontextmanager
+async def http_client(app: Any, **options: Any) -> AsyncGenerator[httpx.AsyncClient]:
+    """Serve `app`; yields a client of it."""
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        serve(app, **options) as port,
+        httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30
+        ) as client,
+    ):
+        yield client

@@ -1,0 +1,1 @@
+"""db_session and what users do with it."""
