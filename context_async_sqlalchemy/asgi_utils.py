@@ -66,13 +66,15 @@ class ASGIHTTPDBSessionMiddleware:
 
         async def settle_and_send(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                commit = self.commit_on(message["status"])
-                await settle(context, commit=commit, before_commit=self.before_commit)
-                started = True
-            elif started and not message.get("more_body", False):
-                # Whoever has the whole body shall be able to rely on what was written for it.
-                await settle(context, commit=True, before_commit=self.before_commit)
+            starts = message["type"] == "http.response.start"
+            if context.sessions:
+                if starts:
+                    commit = self.commit_on(message["status"])
+                    await settle(context, commit=commit, before_commit=self.before_commit)
+                elif started and not message.get("more_body", False):
+                    # Whoever has the whole body shall be able to rely on what it says.
+                    await settle(context, commit=True, before_commit=self.before_commit)
+            started = started or starts
             await send(message)
 
         try:

@@ -86,7 +86,8 @@ async def finish(
 ) -> None:
     """Settle and end a context: every unit of work ends here."""
     try:
-        await settle(context, commit=commit, before_commit=before_commit)
+        if context.sessions:
+            await settle(context, commit=commit, before_commit=before_commit)
     finally:
         await context.end()
 
@@ -174,5 +175,5 @@ async def _rollback_each(sessions: list[AsyncSession]) -> None:
 
 
 def _name(session: AsyncSession) -> str:
-    url = getattr(session.bind, "url", None)
+    url = getattr(getattr(session, "bind", None), "url", None)
     return f"{url.host or ''}/{url.database}" if url is not None else repr(session)

@@ -53,54 +53,75 @@ class ContextAlreadyInitiatedError(RuntimeError):
         super().__init__(message)
 
 
+class Creation:
+    """What makes the creation of a session single-flight.
+
+    Attributes:
+        lock: Held while the session is made.
+        task: The task that makes it.
+    """
+
+    __slots__ = ("lock", "task")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.task: asyncio.Task[Any] | None = None
+
+
 class DBSessionContext:
     """The sessions of one unit of work; one container, shared by all its tasks.
 
     Attributes:
-        sessions: The session of each connect, by `context_key`.
-        former: Sessions that `db_session` no longer returns (closed or replaced by hand). Somebody
-            may still hold and use them, so they are settled and closed with the rest.
-        locks: What makes the creation of a connect's session single-flight, by `context_key`.
+        current: The session that `db_session` returns for each connect, by `context_key`.
+        sessions: Every session to settle and to close, in the order they were made. One that was
+            closed or replaced by hand stays here: somebody may still hold it and use it.
+        creations: How far the session of each connect is made, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
         token: What restores the context variable.
     """
 
-    __slots__ = ("closed", "former", "is_test", "locks", "sessions", "token")
+    __slots__ = ("closed", "creations", "current", "is_test", "sessions", "token")
 
     def __init__(self) -> None:
-        self.sessions: dict[str, AsyncSession] = {}
-        self.former: list[AsyncSession] = []
-        self.locks: dict[str, asyncio.Lock] = {}
+        self.current: dict[str, AsyncSession] = {}
+        self.sessions: list[AsyncSession] = []
+        self.creations: dict[str, Creation] = {}
         self.is_test = False
         self.closed = False
         self.token: Token[DBSessionContext | None] | None = None
 
+    def put(self, context_key: str, session: AsyncSession) -> None:
+        """Make `session` the one that `db_session` returns for a connect."""
+        self.current[context_key] = session
+        if session not in self.sessions:
+            self.sessions.append(session)
+
+    def pop(self, context_key: str) -> AsyncSession | None:
+        """Take out the session of a connect, which is the caller's then."""
+        session = self.current.pop(context_key, None)
+        if session is not None:
+            self.sessions.remove(session)
+        return session
+
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
-        return [s for s in (*self.former, *self.sessions.values()) if s.in_transaction()]
-
-    def put(self, context_key: str, session: AsyncSession) -> None:
-        """Make `session` the one of its connect, and keep track of the one it replaces."""
-        replaced = self.sessions.pop(context_key, session)
-        if replaced is not session:
-            self.former.append(replaced)
-        self.sessions[context_key] = session
+        return [session for session in self.sessions if session.in_transaction()]
 
     async def close_sessions(self) -> None:
         """Close every session; an error is logged, for there is nothing left to save."""
-        sessions = [*self.former, *self.sessions.values()]
-        self.former.clear()
-        self.sessions.clear()
+        sessions, self.sessions = self.sessions, []
+        self.current.clear()
         await close_sessions(sessions)
 
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable, refuse whatever comes later, close every session."""
-        self.closed = True
         token, self.token = self.token, None
+        if token is None:
+            return
+        self.closed = True
         try:
-            if token is not None:
-                _context.reset(token)
+            _context.reset(token)
         except ValueError as error:
             raise RuntimeError(
                 "This database session context was opened in another task (or with another "
@@ -108,7 +129,7 @@ class DBSessionContext:
                 "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
             ) from error
         finally:
-            if with_close:
+            if with_close and self.sessions:
                 await self.close_sessions()
 
 
@@ -203,7 +224,7 @@ def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    return current_context().sessions.get(connect.context_key)
+    return current_context().current.get(connect.context_key)
 
 
 def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None:
@@ -231,7 +252,7 @@ def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    return current_context().sessions.pop(connect.context_key, None)
+    return current_context().pop(connect.context_key)
 
 
 async def close_sessions(sessions: list[AsyncSession]) -> None:

@@ -14,6 +14,7 @@ from context_async_sqlalchemy.auto_commit import rollback_sessions
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import (
     ContextClosedError,
+    Creation,
     DBSessionContext,
     close_sessions,
     current_context,
@@ -37,7 +38,7 @@ async def db_session(connect: DBConnect) -> AsyncSession:
         ContextClosedError: If it has ended.
     """
     context = current_context()
-    session = context.sessions.get(connect.context_key)
+    session = context.current.get(connect.context_key)
     if session is None:
         session = await _create_session(context, connect)
     return session
@@ -105,10 +106,8 @@ async def close_db_session(connect: DBConnect) -> None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    context = current_context()
-    session = context.sessions.pop(connect.context_key, None)
+    session = current_context().current.pop(connect.context_key, None)
     if session is not None:
-        context.former.append(session)
         await session.close()
 
 
@@ -146,14 +145,25 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[Async
 async def _create_session(context: DBSessionContext, connect: DBConnect) -> AsyncSession:
     key = connect.context_key
     # Two tasks may ask first at the same time, and the handler of the connect may really wait.
-    async with context.locks.setdefault(key, asyncio.Lock()):
-        session = context.sessions.get(key)
-        if session is None:
+    creation = context.creations.setdefault(key, Creation())
+    if creation.task is asyncio.current_task():
+        raise RuntimeError(
+            f"the before_create_session_handler of {connect!r} asks for the session that is only "
+            "made after it: use a connection of its own there"
+        )
+    async with creation.lock:
+        session = context.current.get(key)
+        if session is not None:
+            return session
+        creation.task = asyncio.current_task()
+        try:
             session = await connect.create_session()
-            if context.closed:
-                await session.close()
-                raise ContextClosedError
-            context.put(key, session)
+        finally:
+            creation.task = None
+        if context.closed:
+            await session.close()
+            raise ContextClosedError
+        context.put(key, session)
         return session
 
 

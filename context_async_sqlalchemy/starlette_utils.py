@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import suppress
 from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from context_async_sqlalchemy.asgi_utils import (
     ASGIHTTPDBSessionMiddleware,
@@ -72,29 +72,33 @@ async def starlette_http_db_session_middleware(
     except BaseException:
         await finish(context, commit=False)
         raise
-    streamed = cast(StreamingResponse, response)
-    body = _end_with_body(streamed.body_iterator, context, before_commit)
-    # A generator that was never started is never finalised: start it, in case nobody else does.
-    await anext(body)
-    streamed.body_iterator = body
-    return response
+    return _EndingResponse(response, context, before_commit)
 
 
-async def _end_with_body(
-    body: AsyncIterable[Any], context: DBSessionContext, before_commit: BeforeCommitCallback | None
-) -> AsyncGenerator[Any]:
-    try:
-        yield b""
+class _EndingResponse(Response):
+    """The response of a request, with whose end the context ends."""
+
+    def __init__(
+        self,
+        response: Response,
+        context: DBSessionContext,
+        before_commit: BeforeCommitCallback | None,
+    ) -> None:
+        vars(self).update(vars(response))
+        self._respond = type(response).__call__
+        self._context = context
+        self._before_commit = before_commit
+        self.body_iterator = self._end_with_body(cast(StreamingResponse, response).body_iterator)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._respond(self, scope, receive, send)
+        except BaseException:
+            await finish(self._context, commit=False)
+            raise
+
+    async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
+        # Not in __call__: the application may read the body and make another response of it.
         async for part in body:
             yield part
-    except GeneratorExit:
-        # The client has gone. The event loop finalises an abandoned generator in a task of its
-        # own, in which the context variable cannot be restored and need not be.
-        with suppress(RuntimeError):
-            await finish(context, commit=False)
-        raise
-    except BaseException:
-        await finish(context, commit=False)
-        raise
-    else:
-        await finish(context, commit=True, before_commit=before_commit)
+        await finish(self._context, commit=True, before_commit=self._before_commit)

@@ -58,9 +58,12 @@ async def put_savepoint_session_in_ctx(
     What the application commits through it releases a savepoint, which the test's session sees,
     and undoes when it is rolled back.
 
-        async with rollback_session(connection) as session, set_test_context():
-            async with put_savepoint_session_in_ctx(connection, session):
-                ...
+        async with (
+            rollback_session(connection) as session,
+            set_test_context(),
+            put_savepoint_session_in_ctx(connection, session),
+        ):
+            ...
 
     Args:
         connection: The database.

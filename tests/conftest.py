@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import (
 )
 
 from context_async_sqlalchemy import DBConnect
+from examples.demo import connections_out
 from tests.models import Base
 from tests.postgres import postgres_server
 
@@ -71,7 +72,9 @@ class Database:
 
     async def names(self) -> list[str]:
         """Return the names of the committed items, in the order they were made."""
-        return [r["name"] for r in await self._connection.fetch("SELECT name FROM item ORDER BY id")]
+        return [
+            r["name"] for r in await self._connection.fetch("SELECT name FROM item ORDER BY id")
+        ]
 
     async def seats(self) -> list[int]:
         """Return the numbers of the committed seats, in the order they were made."""
@@ -85,6 +88,10 @@ class Database:
             " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
         )
         return [r["state"] for r in rows]
+
+    async def terminate(self, pid: int) -> None:
+        """End another connection from the server's side, and wait until it is gone."""
+        assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
     async def connections(self) -> int:
         """Return how many other connections there are."""
@@ -128,7 +135,7 @@ async def sqlite_connect(tmp_path: Path) -> AsyncGenerator[DBConnect]:
     async with connect.engine.begin() as connection:
         await connection.run_sync(Base.metadata.tables["item"].create)
     yield connect
-    assert checked_out(connect) == 0
+    assert connections_out(connect) == 0
     await connect.close()
 
 
@@ -155,22 +162,7 @@ async def checked_connect(
     connect = make_connect(url, **options)
     yield connect
     try:
-        assert checked_out(connect) == 0, "a connection is still out of the pool"
+        assert connections_out(connect) == 0, "a connection is still out of the pool"
         assert await database.states() == [], "a connection is still in a transaction"
     finally:
         await connect.close()
-
-
-def checked_out(connect: DBConnect) -> int:
-    """Return how many connections are out of the pool."""
-    if connect.engine is None:
-        return 0
-    count: int = connect.engine.pool.checkedout()  # type: ignore[attr-defined]
-    return count
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait until `condition` holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.001)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Engine, String, UniqueConstraint, event
+from sqlalchemy import String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -27,6 +27,3 @@ class Seat(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     number: Mapped[int]
-
-
-__all__ = ["Base", "Engine", "Item", "Seat", "event"]

@@ -1,1 +1,316 @@
 """db_session and what users do with it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from sqlalchemy import func, insert, select, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from context_async_sqlalchemy import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    DBConnect,
+    atomic_db_session,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_db_session_ctx,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    rollback_db_session,
+)
+from examples.demo import connections_out
+from tests.conftest import Database
+from tests.models import Item
+
+
+async def test_children_and_tasks_get_the_same_session(connect: DBConnect) -> None:
+    async def child() -> AsyncSession:
+        return await db_session(connect)
+
+    async with new_db_session_ctx():
+        # A child task asks first: its parent still sees the session.
+        first = await asyncio.create_task(child())
+        assert await db_session(connect) is first
+        assert await child() is first
+        assert set(await asyncio.gather(child(), child())) == {first}
+
+
+async def test_no_connection_is_taken_before_the_first_statement(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        assert connections_out(connect) == 0
+        await session.execute(text("SELECT 1"))
+        assert connections_out(connect) == 1
+
+
+class SlowConnect(DBConnect):
+    """A connect whose handler really waits, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda _: Mock(spec=["dispose"]),
+            lambda _: async_sessionmaker(),
+            host="a",
+            before_create_session_handler=self._wait,
+        )
+        self.calls = 0
+        self.waiting = asyncio.Event()
+        self.release = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def _wait(self, _: DBConnect) -> None:
+        self.calls += 1
+        self.waiting.set()
+        await self.release.wait()
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+async def test_concurrent_first_calls_get_one_session() -> None:
+    connect = SlowConnect()
+    async with new_db_session_ctx():
+        tasks = [asyncio.create_task(db_session(connect)) for _ in range(5)]
+        await connect.waiting.wait()
+        connect.release.set()
+        assert len(set(await asyncio.gather(*tasks))) == 1
+    assert connect.calls == 1
+
+
+async def test_a_cancelled_creation_is_tried_again_by_who_waits() -> None:
+    connect = SlowConnect()
+    async with new_db_session_ctx():
+        first = asyncio.create_task(db_session(connect))
+        second = asyncio.create_task(db_session(connect))
+        await connect.waiting.wait()
+        first.cancel()
+        connect.release.set()
+        session = await second
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert await db_session(connect) is session
+    assert connect.calls == 2
+
+
+async def test_a_failed_creation_is_tried_again_by_the_next_call() -> None:
+    connect = SlowConnect()
+    connect.error = OSError("no such host")
+    connect.release.set()
+    async with new_db_session_ctx():
+        with pytest.raises(OSError, match="no such host"):
+            await db_session(connect)
+        assert isinstance(await db_session(connect), AsyncSession)
+
+
+async def test_a_session_made_after_its_context_ended_is_closed_and_refused() -> None:
+    connect = SlowConnect()
+    async with new_db_session_ctx():
+        task = asyncio.create_task(db_session(connect))
+        await connect.waiting.wait()
+    connect.release.set()
+    with pytest.raises(ContextClosedError):
+        await task
+
+
+async def test_a_handler_that_asks_for_the_session_it_precedes_is_told_so() -> None:
+    async def handler(connect: DBConnect) -> None:
+        await db_session(connect)
+
+    connect = DBConnect(
+        lambda _: Mock(spec=["dispose"]),
+        lambda _: async_sessionmaker(),
+        host="a",
+        before_create_session_handler=handler,
+    )
+    async with new_db_session_ctx():
+        with pytest.raises(RuntimeError, match="before_create_session_handler"):
+            await db_session(connect)
+
+
+async def test_commit_rollback_and_close_by_hand(connect: DBConnect, database: Database) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(Item(name="committed"))
+        await commit_db_session(connect)
+        assert connections_out(connect) == 0
+        assert await database.names() == ["committed"]
+
+        session.add(Item(name="rolled back"))
+        await session.flush()
+        await rollback_db_session(connect)
+        assert connections_out(connect) == 0
+
+        session.add(Item(name="closed"))
+        await session.flush()
+        await close_db_session(connect)
+        assert connections_out(connect) == 0
+
+        assert await db_session(connect) is not session
+        (await db_session(connect)).add(Item(name="new session"))
+    assert await database.names() == ["committed", "new session"]
+
+
+async def test_what_is_done_through_a_session_closed_by_hand_is_not_lost(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await close_db_session(connect)
+        session.add(Item(name="kept"))
+        await session.flush()
+    assert await database.names() == ["kept"]
+
+
+async def test_commit_rollback_and_close_without_a_session_do_nothing(
+    connect: DBConnect,
+) -> None:
+    async with new_db_session_ctx():
+        await commit_db_session(connect)
+        await rollback_db_session(connect)
+        await close_db_session(connect)
+    assert connect.engine is None
+
+
+@pytest.mark.parametrize("function", [commit_db_session, rollback_db_session, close_db_session])
+async def test_commit_rollback_and_close_need_a_context(function: Any, connect: DBConnect) -> None:
+    with pytest.raises(ContextNotInitiatedError):
+        await function(connect)
+
+
+async def test_an_atomic_block_commits(connect: DBConnect, database: Database) -> None:
+    async with new_db_session_ctx():
+        async with atomic_db_session(connect) as session:
+            assert session is await db_session(connect)
+            session.add(Item(name="a"))
+        assert connections_out(connect) == 0
+        assert await database.names() == ["a"]
+
+
+async def test_an_atomic_block_rolls_back_on_an_exception(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        with pytest.raises(ValueError, match="no"):
+            async with atomic_db_session(connect) as session:
+                session.add(Item(name="a"))
+                await session.flush()
+                raise ValueError("no")
+        assert connections_out(connect) == 0
+        (await db_session(connect)).add(Item(name="b"))
+    assert await database.names() == ["b"]
+
+
+async def test_an_atomic_block_whose_commit_fails_rolls_back(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        with pytest.raises(IntegrityError):
+            async with atomic_db_session(connect) as session:
+                session.add_all([Item(name="a"), Item(name="a")])
+        assert connections_out(connect) == 0
+        (await db_session(connect)).add(Item(name="b"))
+    assert await database.names() == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("current_transaction", "after_success", "after_failure"),
+    [
+        ("commit", ["before", "inside"], ["before"]),
+        ("rollback", ["inside"], []),
+        ("append", ["before", "inside"], []),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_atomic_block_after_an_open_transaction(
+    connect: DBConnect,
+    database: Database,
+    current_transaction: Any,
+    after_success: list[str],
+    after_failure: list[str],
+    fails: bool,
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await session.execute(insert(Item).values(name="before"))
+        try:
+            async with atomic_db_session(connect, current_transaction):
+                await session.execute(insert(Item).values(name="inside"))
+                if fails:
+                    raise ValueError
+        except ValueError:
+            assert fails
+        assert connections_out(connect) == 0
+        assert await database.names() == (after_failure if fails else after_success)
+
+
+async def test_an_atomic_block_refuses_an_open_transaction(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx(), atomic_db_session(connect, "raise") as session:
+        session.add(Item(name="a"))
+        with pytest.raises(InvalidRequestError, match="open already"):
+            async with atomic_db_session(connect, "raise"):
+                pytest.fail("the block must not run")
+    assert await database.names() == ["a"]
+
+
+async def test_an_unknown_current_transaction_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="'commit', 'rollback', 'append', 'raise', not 'join'"):
+        atomic_db_session(Mock(), "join")  # type: ignore[arg-type]
+
+
+async def test_an_atomic_block_works_with_autobegin_off(
+    connect: DBConnect, database: Database
+) -> None:
+    maker = await connect.session_maker()
+    maker.configure(autobegin=False)
+    async with new_db_session_ctx(), atomic_db_session(connect) as session:
+        session.add(Item(name="a"))
+    assert await database.names() == ["a"]
+
+
+async def test_a_session_outside_the_context_is_closed_and_rolled_back(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        async with new_non_ctx_session(connect) as session:
+            assert session is not await db_session(connect)
+            session.add(Item(name="a"))
+            await session.commit()
+            session.add(Item(name="b"))
+            await session.flush()
+        assert connections_out(connect) == 0
+        assert await database.names() == ["a"]
+
+
+async def test_an_atomic_session_outside_the_context_commits(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_non_ctx_atomic_session(connect) as session:
+        session.add(Item(name="a"))
+    with pytest.raises(ValueError, match="no"):
+        async with new_non_ctx_atomic_session(connect) as session:
+            session.add(Item(name="b"))
+            await session.flush()
+            raise ValueError("no")
+    assert connections_out(connect) == 0
+    assert await database.names() == ["a"]
+
+
+async def test_sessions_work_on_sqlite(sqlite_connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        (await db_session(sqlite_connect)).add(Item(name="a"))
+    with pytest.raises(ValueError, match="no"):
+        async with new_db_session_ctx():
+            session = await db_session(sqlite_connect)
+            session.add(Item(name="b"))
+            await session.flush()
+            raise ValueError("no")
+    async with new_non_ctx_session(sqlite_connect) as session:
+        assert await session.scalar(select(func.count(Item.id))) == 1

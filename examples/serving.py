@@ -1,4 +1,4 @@
-"""A real HTTP server for an application, in the event loop of the test."""
+"""Serve an ASGI application over real HTTP, inside a running event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import uvicorn
 
 @asynccontextmanager
 async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
-    """Serve `app` with uvicorn on a free loopback port; yields the port."""
+    """Serve `app` with uvicorn on a free loopback port.
+
+    Args:
+        app: The ASGI application.
+        **options: What else `uvicorn.Config` takes.
+
+    Yields:
+        The port.
+    """
     # The socket listens already: a client that comes before the server has started waits.
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
@@ -30,12 +38,18 @@ async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
 
 @asynccontextmanager
 async def http_client(app: Any, **options: Any) -> AsyncGenerator[httpx.AsyncClient]:
-    """Serve `app`; yields a client of it."""
+    """Serve `app` as `serve` does.
+
+    Args:
+        app: The ASGI application.
+        **options: What else `uvicorn.Config` takes.
+
+    Yields:
+        A client of the application, with as many connections as it needs.
+    """
     limits = httpx.Limits(max_connections=None)
     async with (
         serve(app, **options) as port,
-        httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30
-        ) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30) as client,
     ):
         yield client

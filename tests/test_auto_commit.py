@@ -1,0 +1,245 @@
+"""How a context is settled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from unittest.mock import Mock
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy import (
+    DBConnect,
+    auto_commit_by_status_code,
+    close_all_sessions,
+    commit_all_sessions,
+    db_session,
+    new_db_session_ctx,
+    put_db_session_to_context,
+    rollback_all_sessions,
+)
+from examples.demo import connections_out
+from tests.conftest import Database
+from tests.models import Item, Seat
+from tests.test_context import connect_mock, session_mock
+
+
+@pytest.mark.parametrize(
+    ("status", "committed"), [(200, True), (204, True), (302, True), (399, True), (400, False)]
+)
+async def test_the_status_decides(
+    connect: DBConnect, database: Database, status: int, committed: bool
+) -> None:
+    async with new_db_session_ctx():
+        (await db_session(connect)).add(Item(name="a"))
+        await (await db_session(connect)).flush()
+        await auto_commit_by_status_code(status)
+        assert await database.names() == (["a"] if committed else [])
+        assert connections_out(connect) == 0
+
+
+async def test_the_same_session_goes_on_after_it_was_settled(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(item := Item(name="a"))
+        await commit_all_sessions()
+        assert await db_session(connect) is session
+        assert item in session
+        item.name = "b"
+        await commit_all_sessions()
+        assert await database.names() == ["b"]
+        item.name = "c"
+        await session.flush()
+        await rollback_all_sessions()
+        assert connections_out(connect) == 0
+        await session.refresh(item)
+        assert item.name == "b"
+
+
+async def test_a_session_without_a_transaction_is_left_alone() -> None:
+    async with new_db_session_ctx():
+        put_db_session_to_context(connect_mock(), session := session_mock())
+        before_commit = Mock()
+        await commit_all_sessions(before_commit)
+        await rollback_all_sessions()
+    session.commit.assert_not_awaited()
+    session.rollback.assert_not_awaited()
+    before_commit.assert_not_called()
+
+
+async def test_every_session_is_flushed_before_one_is_committed(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        async with new_db_session_ctx():
+            (await db_session(connect)).add(Item(name="a"))
+            second = await db_session(second_connect)
+            second.add_all([Item(name="b"), Item(name="b")])
+    assert await database.names() == []
+    assert not hasattr(caught.value, "__notes__")
+
+
+async def test_a_commit_that_fails_names_what_had_been_committed(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        async with new_db_session_ctx():
+            (await db_session(connect)).add(Item(name="a"))
+            (await db_session(second_connect)).add_all([Seat(number=1), Seat(number=1)])
+    assert await database.names() == ["a"]
+    assert await database.seats() == []
+    assert connect.engine is not None
+    url = connect.engine.url
+    assert caught.value.__notes__ == [
+        f"Already committed when this happened: {url.host}/{url.database}"
+    ]
+
+
+async def test_a_session_without_an_engine_is_named_all_the_same() -> None:
+    first, second = session_mock(in_transaction=True), session_mock(in_transaction=True)
+    first.bind = None
+    second.commit.side_effect = OSError("connection lost")
+    with pytest.raises(OSError, match="connection lost") as caught:
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect_mock("a"), first)
+            put_db_session_to_context(connect_mock("b"), second)
+    assert repr(first) in caught.value.__notes__[0]
+
+
+async def test_before_commit_gets_each_session_and_may_open_another(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    called: list[AsyncSession] = []
+
+    async def before_commit(session: AsyncSession) -> None:
+        called.append(session)
+        other = await db_session(second_connect)
+        if other not in called:
+            other.add(Item(name="audit"))
+
+    async with new_db_session_ctx(before_commit):
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+        other = await db_session(second_connect)
+    assert called == [session, other]
+    assert sorted(await database.names()) == ["a", "audit"]
+
+
+async def test_before_commit_may_be_a_plain_function(
+    connect: DBConnect, database: Database
+) -> None:
+    before_commit = Mock(return_value=None)
+    async with new_db_session_ctx(before_commit):
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+    before_commit.assert_called_once_with(session)
+
+
+async def test_a_session_opened_by_before_commit_is_flushed_before_one_is_committed(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    async def before_commit(_: AsyncSession) -> None:
+        (await db_session(second_connect)).add_all([Item(name="b"), Item(name="b")])
+
+    with pytest.raises(IntegrityError):
+        async with new_db_session_ctx(before_commit):
+            (await db_session(connect)).add(Item(name="a"))
+    assert await database.names() == []
+
+
+async def test_before_commit_that_raises_rolls_back(connect: DBConnect, database: Database) -> None:
+    with pytest.raises(ValueError, match="no"):
+        async with new_db_session_ctx(Mock(side_effect=ValueError("no"))):
+            session = await db_session(connect)
+            session.add(Item(name="a"))
+            await session.flush()
+    assert await database.names() == []
+
+
+async def test_a_commit_of_several_databases_is_not_torn_by_a_cancellation() -> None:
+    committing, release = asyncio.Event(), asyncio.Event()
+    first, second = session_mock(in_transaction=True), session_mock(in_transaction=True)
+
+    async def commit_first() -> None:
+        committing.set()
+        await release.wait()
+
+    first.commit.side_effect = commit_first
+
+    async def unit_of_work() -> None:
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect_mock("a"), first)
+            put_db_session_to_context(connect_mock("b"), second)
+
+    task = asyncio.create_task(unit_of_work())
+    await committing.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    second.commit.assert_awaited_once_with()
+
+
+async def test_an_error_while_rolling_back_is_logged_and_hides_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken, healthy = session_mock(in_transaction=True), session_mock(in_transaction=True)
+    broken.rollback.side_effect = OSError("connection lost")
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="the cause"):
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect_mock("a"), broken)
+            put_db_session_to_context(connect_mock("b"), healthy)
+            raise ValueError("the cause")
+    broken.invalidate.assert_awaited_once_with()
+    healthy.rollback.assert_awaited_once_with()
+    assert "connection lost" in caplog.text
+
+
+async def test_a_connection_that_cannot_be_rolled_back_is_not_returned(
+    connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        pid = await session.scalar(text("SELECT pg_backend_pid()"))
+        await database.terminate(pid)
+        await rollback_all_sessions()
+        assert await session.scalar(text("SELECT pg_backend_pid()")) != pid
+
+
+async def test_a_session_class_that_overrides_commit_is_respected(
+    connect: DBConnect, database: Database
+) -> None:
+    committed = []
+
+    class Session(AsyncSession):
+        async def commit(self) -> None:
+            await super().commit()
+            committed.append(self)
+
+    await connect.session_maker()
+    async with new_db_session_ctx():
+        put_db_session_to_context(connect, session := Session(connect.engine))
+        session.add(Item(name="a"))
+    assert committed == [session]
+    assert await database.names() == ["a"]
+
+
+async def test_close_all_sessions_keeps_the_context_open(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        first = await db_session(connect)
+        first.add(Item(name="lost"))
+        await first.flush()
+        await close_all_sessions()
+        assert connections_out(connect) == 0
+        second = await db_session(connect)
+        assert second is not first
+        second.add(Item(name="kept"))
+    assert await database.names() == ["kept"]

@@ -1,0 +1,281 @@
+"""DBConnect: lazy, one engine at a time, on the right host and the right loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import warnings
+from typing import Any
+from unittest.mock import AsyncMock, MagicMock, Mock
+
+import pytest
+from sqlalchemy import URL, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
+from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from examples.demo import connections_out
+from tests.conftest import Database, make_connect
+
+
+def engine_mock() -> Any:
+    return Mock(spec=["dispose"], dispose=AsyncMock())
+
+
+class Creators:
+    """Counts the engines it makes, all of them mocks."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, list[Any]] = {}
+
+    def engine(self, host: str) -> AsyncEngine:
+        engine: AsyncEngine = engine_mock()
+        self.engines.setdefault(host, []).append(engine)
+        return engine
+
+    def session_maker(self, engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        return Mock(return_value=MagicMock(spec=AsyncSession, engine=engine))
+
+
+@pytest.fixture
+def creators() -> Creators:
+    return Creators()
+
+
+async def test_nothing_is_made_before_the_first_session(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    assert connect.host == "a"
+    assert (connect._engine, connect._session_maker, connect.engine) == (None, None, None)
+
+    await connect.create_session()
+    await connect.create_session()
+
+    assert list(creators.engines) == ["a"]
+    assert len(creators.engines["a"]) == 1
+    assert connect.engine is connect._engine is creators.engines["a"][0]
+
+
+async def test_close_disposes_and_the_next_session_makes_a_new_engine(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.close()
+    await connect.create_session()
+
+    await connect.close()
+    await connect.close()
+
+    assert connect._engine is None
+    assert connect._session_maker is None
+    creators.engines["a"][0].dispose.assert_awaited_once_with()
+    await connect.create_session()
+    assert len(creators.engines["a"]) == 2
+
+
+async def test_change_host_puts_the_new_engine_in_place_before_it_retires_the_old_one(
+    creators: Creators,
+) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.create_session()
+    seen: list[object] = []
+    creators.engines["a"][0].dispose.side_effect = lambda: seen.append(connect.engine)
+
+    await connect.change_host("b")
+
+    assert connect.host == "b"
+    assert seen == [creators.engines["b"][0]]
+
+
+async def test_change_host_to_the_same_host_does_nothing(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.create_session()
+    await connect.change_host("a")
+    creators.engines["a"][0].dispose.assert_not_awaited()
+
+
+async def test_concurrent_changes_to_the_same_host_make_one_engine(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.create_session()
+    await asyncio.gather(*(connect.change_host("b") for _ in range(10)))
+    assert len(creators.engines["b"]) == 1
+
+
+async def test_connect_makes_a_new_engine_even_for_the_same_host(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker)
+    await connect.connect("a")
+    await connect.connect("a")
+    assert len(creators.engines["a"]) == 2
+    creators.engines["a"][0].dispose.assert_awaited_once_with()
+
+
+async def test_the_handler_runs_before_each_session_and_may_set_the_host(
+    creators: Creators,
+) -> None:
+    hosts = iter(["a", "a", "b"])
+
+    async def handler(connect: DBConnect) -> None:
+        await connect.change_host(next(hosts))
+
+    connect = DBConnect(
+        creators.engine, creators.session_maker, before_create_session_handler=handler
+    )
+    sessions: list[Any] = [await connect.create_session() for _ in range(3)]
+    a, b = creators.engines["a"][0], creators.engines["b"][0]
+    assert [session.engine for session in sessions] == [a, a, b]
+
+
+@pytest.mark.parametrize("broken", ["engine", "session_maker", "handler"])
+async def test_a_failing_creator_or_handler_leaves_the_engine_in_place(
+    creators: Creators, broken: str
+) -> None:
+    fail = Mock(side_effect=OSError("no such host"))
+    handler = AsyncMock()
+    connect = DBConnect(
+        creators.engine,
+        creators.session_maker,
+        host="a",
+        before_create_session_handler=handler,
+    )
+    await connect.create_session()
+    match broken:
+        case "engine":
+            connect._engine_creator = fail
+        case "session_maker":
+            connect._session_maker_creator = fail
+        case "handler":
+            handler.side_effect = lambda _: fail()
+
+    with pytest.raises(OSError, match="no such host"):
+        await (connect.create_session() if broken == "handler" else connect.change_host("b"))
+
+    assert connect.host == "a"
+    assert connect.engine == creators.engines["a"][0]
+    handler.side_effect = None
+    await connect.create_session()
+    creators.engines["a"][0].dispose.assert_not_awaited()
+
+
+async def test_a_session_in_flight_finishes_on_the_old_engine_and_leaves_no_connection(
+    database_url: URL, database: Database
+) -> None:
+    connect = make_connect(database_url)
+    async with new_non_ctx_session(connect) as first:
+        await first.execute(text("SELECT 1"))
+        async with new_non_ctx_session(connect) as second:
+            await second.execute(text("SELECT 1"))
+        assert await database.connections() == 2
+
+        await connect.connect("localhost")
+
+        assert await database.connections() == 1
+        await first.execute(text("SELECT 1"))
+        await first.commit()
+        assert await database.connections() == 0
+        await first.execute(text("SELECT 1"))
+    assert await database.connections() == 0
+    assert connections_out(connect) == 0
+    await connect.close()
+
+
+async def test_a_session_in_flight_leaves_no_connection_after_close(
+    database_url: URL, database: Database
+) -> None:
+    connect = make_connect(database_url)
+    async with new_non_ctx_session(connect) as session:
+        await session.execute(text("SELECT 1"))
+        await connect.close()
+        assert await database.connections() == 1
+    assert await database.connections() == 0
+
+
+def test_another_event_loop_gets_an_engine_of_its_own(database_url: URL) -> None:
+    connect = make_connect(database_url)
+
+    async def select_one() -> object:
+        async with new_non_ctx_session(connect) as session:
+            return await session.scalar(text("SELECT 1"))
+
+    with warnings.catch_warnings():
+        # asyncpg warns of the connections that went down with the first loop.
+        warnings.simplefilter("ignore", ResourceWarning)
+        assert asyncio.run(select_one()) == 1
+        assert asyncio.run(select_one()) == 1
+        asyncio.run(connect.close())
+        gc.collect()
+
+
+async def test_each_connect_has_a_context_key_of_its_own(creators: Creators) -> None:
+    connects = [DBConnect(creators.engine, creators.session_maker) for _ in range(3)]
+    assert len({connect.context_key for connect in connects}) == 3
+
+
+def test_repr_names_the_connect_and_its_host(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    assert repr(connect) == f"<DBConnect {connect.context_key} host='a'>"
+
+
+async def test_an_empty_host_is_refused(creators: Creators) -> None:
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        DBConnect(creators.engine, creators.session_maker, host="")
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.create_session()
+    for change in (connect.connect, connect.change_host):
+        with pytest.raises(ValueError, match=r"^host must not be empty$"):
+            await change("")
+    assert connect.host == "a"
+    assert connect.engine is creators.engines["a"][0]
+
+
+async def test_a_missing_host_is_refused(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker)
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await connect.create_session()
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await connect.session_maker()
+
+
+@pytest.mark.parametrize(
+    "name", ["engine_creator", "session_maker_creator", "before_create_session_handler"]
+)
+def test_a_creator_that_is_not_callable_is_refused(creators: Creators, name: str) -> None:
+    arguments: dict[str, Any] = {
+        "engine_creator": creators.engine,
+        "session_maker_creator": creators.session_maker,
+    }
+    with pytest.raises(TypeError, match=f"{name} must be callable, not str"):
+        DBConnect(**arguments | {name: "postgresql://"})
+
+
+async def _coroutine(_: object) -> None:
+    """Stand for a creator that was made a coroutine function."""
+
+
+@pytest.mark.parametrize(
+    ("engine_creator", "message"),
+    [
+        (lambda _: None, "must return an AsyncEngine, not NoneType"),
+        (lambda _: create_engine("sqlite://"), r"make it with create_async_engine\(\)"),
+        (_coroutine, "engine_creator must be a plain function"),
+    ],
+)
+async def test_an_engine_creator_that_returns_the_wrong_thing_is_refused(
+    creators: Creators, engine_creator: Any, message: str
+) -> None:
+    connect = DBConnect(engine_creator, creators.session_maker, host="a")
+    with pytest.raises(TypeError, match=message):
+        await connect.create_session()
+    assert connect.engine is None
+
+
+@pytest.mark.parametrize(
+    ("session_maker_creator", "message"),
+    [
+        (lambda _: None, "must return an async_sessionmaker, not NoneType"),
+        (lambda _: sessionmaker(), "makes sync sessions"),
+        (_coroutine, "session_maker_creator must be a plain function"),
+    ],
+)
+async def test_a_session_maker_creator_that_returns_the_wrong_thing_is_refused(
+    creators: Creators, session_maker_creator: Any, message: str
+) -> None:
+    connect = DBConnect(creators.engine, session_maker_creator, host="a")
+    with pytest.raises(TypeError, match=message):
+        await connect.create_session()

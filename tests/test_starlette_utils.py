@@ -1,0 +1,285 @@
+"""The middleware in a Starlette application, served over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from context_async_sqlalchemy import ContextClosedError, DBConnect, db_session
+from context_async_sqlalchemy.starlette_utils import (
+    StarletteHTTPDBSessionMiddleware,
+    add_starlette_http_db_session_middleware,
+    starlette_http_db_session_middleware,
+)
+from examples.demo import connections_out
+from examples.serving import http_client
+from tests.conftest import Database
+from tests.test_asgi_utils import add
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def add_dispatch(app: Starlette) -> None:
+    app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
+
+
+def add_other_middleware(app: Starlette) -> None:
+    async def dispatch(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+
+
+def add_inside_of_other_middleware(app: Starlette) -> None:
+    add_starlette_http_db_session_middleware(app)
+    add_other_middleware(app)
+
+
+def add_outside_of_other_middleware(app: Starlette) -> None:
+    add_other_middleware(app)
+    add_starlette_http_db_session_middleware(app)
+
+
+def add_twice(app: Starlette) -> None:
+    add_starlette_http_db_session_middleware(app)
+    add_dispatch(app)
+    add_starlette_http_db_session_middleware(app)
+
+
+ASGI = [
+    add_starlette_http_db_session_middleware,
+    add_inside_of_other_middleware,
+    add_outside_of_other_middleware,
+    add_twice,
+]
+EVERY = [*ASGI, add_dispatch]
+every_way = pytest.mark.parametrize("add_middleware", EVERY)
+
+
+def app_of(endpoint: Endpoint, add_middleware: Callable[[Starlette], None]) -> Starlette:
+    app = Starlette(routes=[Route("/", endpoint)])
+    add_middleware(app)
+    return app
+
+
+@every_way
+async def test_a_success_is_committed(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({})
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).status_code == 200
+        assert await database.names() == ["a"]
+        assert connections_out(connect) == 0
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["status", "HTTPException", "exception"])
+async def test_a_failure_is_rolled_back(
+    connect: DBConnect, database: Database, add_middleware: Any, kind: str
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        if kind == "HTTPException":
+            raise HTTPException(404)
+        if kind == "exception":
+            raise ValueError("no")
+        return JSONResponse({}, status_code=404)
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).status_code == (500 if kind == "exception" else 404)
+        assert await database.names() == []
+        assert connections_out(connect) == 0
+
+
+@every_way
+async def test_a_commit_that_fails_is_not_a_success(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        session = await db_session(connect)
+        await session.execute(text("INSERT INTO seat (number) VALUES (1), (1)"))
+        return JSONResponse({})
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).status_code == 500
+        assert await database.seats() == []
+        assert connections_out(connect) == 0
+
+
+@every_way
+async def test_a_streamed_body_is_covered(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def body() -> AsyncGenerator[bytes]:
+        yield b"x"
+        await add(connect, "body")
+        yield b"x"
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "endpoint")
+        return StreamingResponse(body())
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).text == "xx"
+        assert await database.names() == ["endpoint", "body"]
+        assert connections_out(connect) == 0
+
+
+@pytest.mark.parametrize("add_middleware", ASGI)
+async def test_a_background_task_is_committed_and_holds_no_connection_while_it_waits(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    waiting, release, finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def background() -> None:
+        waiting.set()
+        await release.wait()
+        await add(connect, "background")
+        finished.set()
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "endpoint")
+        return JSONResponse({}, background=BackgroundTask(background))
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).status_code == 200
+        await waiting.wait()
+        assert connections_out(connect) == 0
+        assert await database.names() == ["endpoint"]
+        release.set()
+        await finished.wait()
+    assert await database.names() == ["endpoint", "background"]
+
+
+async def test_the_dispatch_function_refuses_a_background_task(
+    connect: DBConnect, database: Database
+) -> None:
+    errors: asyncio.Queue[Exception] = asyncio.Queue()
+
+    async def background() -> None:
+        try:
+            await add(connect, "background")
+        except ContextClosedError as error:
+            errors.put_nowait(error)
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "endpoint")
+        return JSONResponse({}, background=BackgroundTask(background))
+
+    async with http_client(app_of(endpoint, add_dispatch)) as client:
+        assert (await client.get("/")).status_code == 200
+        assert "has ended" in str(await errors.get())
+    assert await database.names() == ["endpoint"]
+
+
+async def test_the_dispatch_function_ends_the_context_of_a_client_that_left(
+    connect: DBConnect, database: Database
+) -> None:
+    streaming, closed = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncGenerator[bytes]:
+        try:
+            yield b"x"
+            await add(connect, "lost")
+            streaming.set()
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    async def endpoint(_: Request) -> Response:
+        return StreamingResponse(body())
+
+    app = app_of(endpoint, add_dispatch)
+
+    async def receive() -> dict[str, Any]:
+        await streaming.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await streaming.wait()
+            raise OSError("the client has gone")
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": "GET",
+        "path": "/",
+        "headers": [],
+        "query_string": b"",
+    }
+    with pytest.raises(Exception):  # noqa: B017, PT011  # OSError, or Starlette's of it
+        await app(scope, receive, send)
+    assert closed.is_set()
+    assert connections_out(connect) == 0
+    assert await database.names() == []
+
+
+@every_way
+async def test_a_mounted_application_joins_the_request(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({})
+
+    mounted = app_of(endpoint, add_starlette_http_db_session_middleware)
+    app = Starlette(routes=[Mount("/mounted", app=mounted)])
+    add_middleware(app)
+    async with http_client(app) as client:
+        assert (await client.get("/mounted/")).status_code == 200
+        assert await database.names() == ["a"]
+
+
+async def test_the_class_can_be_given_as_middleware(connect: DBConnect, database: Database) -> None:
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({}, status_code=404)
+
+    def always(_: int) -> bool:
+        return True
+
+    app = Starlette(
+        routes=[Route("/", endpoint)],
+        middleware=[Middleware(StarletteHTTPDBSessionMiddleware, commit_on=always)],
+    )
+    async with http_client(app) as client:
+        assert (await client.get("/")).status_code == 404
+    assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize("way", ["helper", "dispatch"])
+async def test_before_commit_is_passed_on(connect: DBConnect, way: str) -> None:
+    before_commit = Mock(return_value=None)
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({})
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    if way == "helper":
+        add_starlette_http_db_session_middleware(app, before_commit)
+    else:
+        dispatch = partial(starlette_http_db_session_middleware, before_commit=before_commit)
+        app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    async with http_client(app) as client:
+        assert (await client.get("/")).status_code == 200
+    before_commit.assert_called_once()
