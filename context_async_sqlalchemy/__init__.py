@@ -3,8 +3,10 @@
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
+    CommitOutcomeUnknownError,
     auto_commit_by_status_code,
     close_all_sessions,
+    commit_after_response,
     commit_all_sessions,
     rollback_all_sessions,
 )
@@ -34,6 +36,7 @@ from context_async_sqlalchemy.session import (
 __all__ = [
     "ASGIHTTPDBSessionMiddleware",
     "BeforeCommitCallback",
+    "CommitOutcomeUnknownError",
     "ContextAlreadyInitiatedError",
     "ContextClosedError",
     "ContextNotInitiatedError",
@@ -42,6 +45,7 @@ __all__ = [
     "auto_commit_by_status_code",
     "close_all_sessions",
     "close_db_session",
+    "commit_after_response",
     "commit_all_sessions",
     "commit_db_session",
     "db_session",

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
+    abandon,
     finish,
     is_success,
     settle,
@@ -62,28 +63,72 @@ class ASGIHTTPDBSessionMiddleware:
             return
 
         context = open_request_context(scope)
-        started = False
-
-        async def settle_and_send(message: Message) -> None:
-            nonlocal started
-            starts = message["type"] == "http.response.start"
-            if context.sessions:
-                if starts:
-                    commit = self.commit_on(message["status"])
-                    await settle(context, commit=commit, before_commit=self.before_commit)
-                elif started and not message.get("more_body", False):
-                    # Whoever has the whole body shall be able to rely on what it says.
-                    await settle(context, commit=True, before_commit=self.before_commit)
-            started = started or starts
-            await send(message)
-
+        settling = _SettlingSend(self, context, send)
         try:
-            await self.app(scope, receive, settle_and_send)
-        except BaseException:
-            await finish(context, commit=False)
+            await self._respond(scope, receive, settling)
+        except BaseException as error:
+            await abandon(context, error)
             raise
         else:
-            await finish(context, commit=started, before_commit=self.before_commit)
+            commit = settling.started and (settling.commit or not context.settles_late)
+            await finish(context, commit=commit, before_commit=self.before_commit)
+
+    async def respond_to_failure(
+        self, failure: Exception, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request whose commit failed with `failure`; here: raise it."""
+        raise failure
+
+    async def _respond(self, scope: Scope, receive: Receive, send: _SettlingSend) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            if send.failure is None or send.started:
+                raise
+        if send.failure is not None and not send.started:
+            # What became of it inside does not matter: the application believed in its success.
+            await self.respond_to_failure(send.failure, scope, receive, send)
+
+
+class _SettlingSend:
+    """The `send` of a request, which settles its context before the response starts.
+
+    Attributes:
+        started: Whether a response has started.
+        commit: Whether the status of the response asks for a commit.
+        failure: The error of the settling that kept a response from starting.
+    """
+
+    __slots__ = ("commit", "context", "failure", "middleware", "send", "started")
+
+    def __init__(
+        self, middleware: ASGIHTTPDBSessionMiddleware, context: DBSessionContext, send: Send
+    ) -> None:
+        self.middleware = middleware
+        self.context = context
+        self.send = send
+        self.started = False
+        self.commit = False
+        self.failure: Exception | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.commit = self.middleware.commit_on(message["status"])
+            try:
+                await self._settle(self.commit)
+            except Exception as error:
+                self.failure = error
+                raise
+            self.started = True
+        elif self.started and not message.get("more_body", False):
+            # Whoever has the whole body shall be able to rely on what it says.
+            await self._settle(True)
+        await self.send(message)
+
+    async def _settle(self, commit: bool) -> None:
+        if self.context.sessions and not self.context.settles_late:
+            before_commit = self.middleware.before_commit
+            await settle(self.context, commit=commit, before_commit=before_commit)
 
 
 def has_context(scope: Scope) -> bool:

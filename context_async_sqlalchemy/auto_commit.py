@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
+from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy.context import (
@@ -18,6 +19,19 @@ from context_async_sqlalchemy.context import (
 
 BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
 """Called with each session about to be committed automatically; may be a plain function."""
+
+
+class CommitOutcomeUnknownError(RuntimeError):
+    """The connection was lost during COMMIT: nobody can know whether it took effect.
+
+    The error of the driver is the cause. Do not repeat the work without looking whether it is done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The connection was lost during COMMIT, and the transaction may have been committed or "
+            "not: look before you repeat it."
+        )
 
 
 async def auto_commit_by_status_code(
@@ -76,6 +90,21 @@ async def close_all_sessions() -> None:
     await current_context().close_sessions()
 
 
+def commit_after_response() -> None:
+    """Settle the context of this request when the application has returned, not before.
+
+    For a body that reads a server-side cursor which the handler opened. Given up for it: the client
+    may be told of a success that then fails to commit, and the connection is held until the last
+    byte is sent (and until the background tasks have ended). The status still decides between
+    commit and rollback. In a context that is not a request's it changes nothing.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context.
+        ContextClosedError: If it has ended.
+    """
+    current_context().settles_late = True
+
+
 def is_success(status_code: int) -> bool:
     """Return whether a response with this status is committed by default: if it is below 400."""
     return status_code < 400
@@ -92,6 +121,12 @@ async def finish(
         await context.end()
 
 
+async def abandon(context: DBSessionContext, error: BaseException) -> None:
+    """Roll back and end a context whose work failed with `error`."""
+    _explain(error)
+    await finish(context, commit=False)
+
+
 async def settle(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
@@ -103,6 +138,20 @@ async def settle(
         await _commit(context, sessions, before_commit)
     else:
         await rollback_sessions(sessions)
+
+
+async def commit_session(session: AsyncSession) -> None:
+    """Commit a session.
+
+    Raises:
+        CommitOutcomeUnknownError: If the connection was lost during COMMIT.
+    """
+    try:
+        await session.commit()
+    except DBAPIError as error:
+        if _is_lost_during_commit(error):
+            raise CommitOutcomeUnknownError from error
+        raise
 
 
 async def rollback_sessions(sessions: list[AsyncSession]) -> None:
@@ -131,6 +180,7 @@ async def _commit(
             # has told nobody that it succeeded, and SQLAlchemy discards the connection.
             await _commit_each(sessions, committed)
     except BaseException as error:
+        _explain(error)
         if committed:
             names = ", ".join(_name(session) for session in committed)
             error.add_note(f"Already committed when this happened: {names}")
@@ -159,7 +209,7 @@ async def _call_before_commit(
 
 async def _commit_each(sessions: list[AsyncSession], committed: list[AsyncSession]) -> None:
     for session in sessions:
-        await session.commit()
+        await commit_session(session)
         committed.append(session)
 
 
@@ -177,3 +227,34 @@ async def _rollback_each(sessions: list[AsyncSession]) -> None:
 def _name(session: AsyncSession) -> str:
     url = getattr(getattr(session, "bind", None), "url", None)
     return f"{url.host or ''}/{url.database}" if url is not None else repr(session)
+
+
+def _is_lost_during_commit(error: DBAPIError) -> bool:
+    if error.statement is not None or isinstance(error, InterfaceError):
+        # A statement of the flush failed; or the driver saw that the connection was closed
+        # already, and sent nothing.
+        return False
+    # The server's last word may come before the end of the connection is noticed: SQLSTATE class 08
+    # is a connection exception, 57P01 to 57P03 are shutdowns.
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    return error.connection_invalidated or sqlstate.startswith(("08", "57P"))
+
+
+def _explain(error: BaseException) -> None:
+    if _is_concurrent_use(error) and _CONCURRENT_USE not in getattr(error, "__notes__", ()):
+        error.add_note(_CONCURRENT_USE)
+
+
+_CONCURRENT_USE = (
+    "Two tasks use the database session of one context at the same time. Await every task before "
+    "the response starts and before the context ends; for concurrent queries give each a context "
+    "of its own with 'await run_in_new_ctx(f)', or a session with "
+    "'async with new_non_ctx_session(connect):'."
+)
+
+
+def _is_concurrent_use(error: BaseException) -> bool:
+    # SQLAlchemy's code for an "illegal state change" of a session; asyncpg has no code for it.
+    return getattr(error, "code", None) == "isce" or (
+        isinstance(error, InterfaceError) and "another operation is in progress" in str(error)
+    )

@@ -149,6 +149,7 @@ class DBConnect:
         loop = asyncio.get_running_loop()
         engine = _check_engine(self._engine_creator(host))
         session_maker = _check_session_maker(self._session_maker_creator(engine))
+        _listen_to_checkin(engine, _discard_if_in_transaction)
         self._host, self._loop = host, loop
         self._engine, self._session_maker = engine, session_maker
         return session_maker
@@ -162,14 +163,28 @@ class DBConnect:
 async def _retire(engine: AsyncEngine) -> None:
     # dispose() closes idle connections only. One that a session still holds would go back to a
     # pool that nobody uses any more, and stay open there.
-    pool = getattr(engine, "pool", None)
-    if isinstance(pool, Pool):
-        event.listen(pool, "checkin", _close_at_checkin)
+    _listen_to_checkin(engine, _close)
     await engine.dispose()
 
 
-def _close_at_checkin(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+def _listen_to_checkin(
+    engine: AsyncEngine, listener: Callable[[DBAPIConnection | None, ConnectionPoolEntry], None]
+) -> None:
+    pool = getattr(engine, "pool", None)
+    if isinstance(pool, Pool):
+        event.listen(pool, "checkin", listener)
+
+
+def _close(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
     entry.close()
+
+
+def _discard_if_in_transaction(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+    # While a task is inside a statement, asyncpg refuses a COMMIT or ROLLBACK of another one.
+    # SQLAlchemy forgets the transaction then, and returns the connection with it to the pool.
+    is_in_transaction = getattr(entry.driver_connection, "is_in_transaction", None)
+    if is_in_transaction is not None and is_in_transaction():
+        entry.invalidate()
 
 
 def _check_host(host: str) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextvars import ContextVar, Token
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from context_async_sqlalchemy.connect import DBConnect
 
@@ -78,10 +79,19 @@ class DBSessionContext:
         creations: How far the session of each connect is made, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
+        settles_late: Whether a request settles only when the application has returned.
         token: What restores the context variable.
     """
 
-    __slots__ = ("closed", "creations", "current", "is_test", "sessions", "token")
+    __slots__ = (
+        "closed",
+        "creations",
+        "current",
+        "is_test",
+        "sessions",
+        "settles_late",
+        "token",
+    )
 
     def __init__(self) -> None:
         self.current: dict[str, AsyncSession] = {}
@@ -89,6 +99,7 @@ class DBSessionContext:
         self.creations: dict[str, Creation] = {}
         self.is_test = False
         self.closed = False
+        self.settles_late = False
         self.token: Token[DBSessionContext | None] | None = None
 
     def put(self, context_key: str, session: AsyncSession) -> None:
@@ -120,6 +131,8 @@ class DBSessionContext:
         if token is None:
             return
         self.closed = True
+        if _context.get() is not self:
+            await self._end_forgotten()
         try:
             _context.reset(token)
         except ValueError as error:
@@ -130,7 +143,22 @@ class DBSessionContext:
             ) from error
         finally:
             if with_close and self.sessions:
+                sessions = self.sessions
                 await self.close_sessions()
+                for session in sessions:
+                    _retire(session)
+
+
+    async def _end_forgotten(self) -> None:
+        inside = _context.get()
+        if inside is None or inside.token is None or inside.token.old_value is not self:
+            return
+        logger.error(
+            "A database session context was opened inside another one and never ended; what is "
+            "uncommitted in it is rolled back. End it with 'await reset_db_session_ctx(token)', or "
+            "use 'async with new_db_session_ctx():'."
+        )
+        await inside.end()
 
 
 _context: ContextVar[DBSessionContext | None] = ContextVar("db_session_context", default=None)
@@ -278,7 +306,29 @@ async def invalidate(session: AsyncSession) -> None:
     try:
         await session.invalidate()
     except Exception:
-        logger.exception("The connection of a database session could not be invalidated")
+        sync_session = getattr(session, "sync_session", None)
+        if isinstance(sync_session, Session):
+            # Another task is taking a connection, and SQLAlchemy lets nobody else in meanwhile.
+            event.listen(sync_session, "after_begin", _refuse_connection)
+        else:
+            logger.exception("The connection of a database session could not be invalidated")
+
+
+def _refuse_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    connection.invalidate()
+    raise ContextClosedError
+
+
+def _retire(session: AsyncSession) -> None:
+    # Session.get_bind() is what every statement asks first, and is made to be overridden. Whoever
+    # kept the session would otherwise take a connection that nobody returns.
+    sync_session = getattr(session, "sync_session", None)
+    if isinstance(sync_session, Session):
+        sync_session.get_bind = _refuse_statement  # type: ignore[method-assign]
+
+
+def _refuse_statement(*_: Any, **__: Any) -> NoReturn:
+    raise ContextClosedError
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:

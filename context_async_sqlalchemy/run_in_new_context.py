@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import ParamSpec, TypeVar
 
-from context_async_sqlalchemy.auto_commit import BeforeCommitCallback, finish
+from context_async_sqlalchemy.auto_commit import BeforeCommitCallback, abandon, finish
 from context_async_sqlalchemy.context import open_context
 
 P = ParamSpec("P")
@@ -32,8 +32,8 @@ async def new_db_session_ctx(
     context = open_context()
     try:
         yield
-    except BaseException:
-        await finish(context, commit=False)
+    except BaseException as error:
+        await abandon(context, error)
         raise
     else:
         await finish(context, commit=True, before_commit=before_commit)

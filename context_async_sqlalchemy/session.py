@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy.auto_commit import rollback_sessions
+from context_async_sqlalchemy.auto_commit import commit_session, rollback_sessions
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import (
     ContextClosedError,
@@ -61,6 +61,7 @@ def atomic_db_session(
             commits both or rolls back both; "raise" refuses it.
 
     Raises:
+        CommitOutcomeUnknownError: If the connection was lost during COMMIT.
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
         InvalidRequestError: If a transaction is open and `current_transaction` is "raise".
@@ -76,12 +77,13 @@ async def commit_db_session(connect: DBConnect) -> None:
     """Commit the context's session for `connect` now, if there is one.
 
     Raises:
+        CommitOutcomeUnknownError: If the connection was lost during COMMIT.
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
     session = get_db_session_from_context(connect)
     if session is not None:
-        await session.commit()
+        await commit_session(session)
 
 
 async def rollback_db_session(connect: DBConnect) -> None:
@@ -139,7 +141,7 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[Async
     async with new_non_ctx_session(connect) as session:
         await session.begin()
         yield session
-        await session.commit()
+        await commit_session(session)
 
 
 async def _create_session(context: DBSessionContext, connect: DBConnect) -> AsyncSession:
@@ -179,14 +181,14 @@ async def _atomic_db_session(
                 'first, or choose "commit", "rollback" or "append" as current_transaction.'
             )
         if current_transaction == "commit":
-            await session.commit()
+            await commit_session(session)
         elif current_transaction == "rollback":
             await session.rollback()
     if not session.in_transaction():
         await session.begin()
     try:
         yield session
-        await session.commit()
+        await commit_session(session)
     except BaseException:
         await rollback_sessions([session])
         raise

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -18,6 +22,7 @@ from context_async_sqlalchemy.asgi_utils import (
 )
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
+    abandon,
     finish,
     is_success,
     settle,
@@ -26,7 +31,19 @@ from context_async_sqlalchemy.context import DBSessionContext
 
 
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
-    """`ASGIHTTPDBSessionMiddleware` for Starlette's `add_middleware`."""
+    """`ASGIHTTPDBSessionMiddleware`, with the exception handlers of a Starlette application.
+
+    A commit that fails is answered by the handler that the application has for such an exception,
+    as if the endpoint had raised it. The handler gets a new `Request`: a body that the endpoint has
+    read cannot be read again.
+    """
+
+    async def respond_to_failure(
+        self, failure: Exception, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer with the application's exception handler; raise `failure` if it has none."""
+        response = await _handle(Request(scope, receive), failure)
+        await response(scope, receive, send)
 
 
 def add_starlette_http_db_session_middleware(
@@ -68,37 +85,58 @@ async def starlette_http_db_session_middleware(
     try:
         response = await call_next(request)
         commit = is_success(response.status_code)
-        await settle(context, commit=commit, before_commit=before_commit)
-    except BaseException:
-        await finish(context, commit=False)
+        if not context.settles_late:
+            try:
+                await settle(context, commit=commit, before_commit=before_commit)
+            except Exception as failure:
+                response = await _handle(request, failure)
+                await finish(context, commit=False)
+                return response
+    except BaseException as error:
+        await abandon(context, error)
         raise
-    return _EndingResponse(response, context, before_commit)
+    commit = commit or not context.settles_late
+    return _EndingResponse(
+        response, partial(finish, context, commit=commit, before_commit=before_commit), context
+    )
 
 
 class _EndingResponse(Response):
     """The response of a request, with whose end the context ends."""
 
     def __init__(
-        self,
-        response: Response,
-        context: DBSessionContext,
-        before_commit: BeforeCommitCallback | None,
+        self, response: Response, end: Callable[[], Awaitable[None]], context: DBSessionContext
     ) -> None:
         vars(self).update(vars(response))
         self._respond = type(response).__call__
+        self._end = end
         self._context = context
-        self._before_commit = before_commit
         self.body_iterator = self._end_with_body(cast(StreamingResponse, response).body_iterator)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._respond(self, scope, receive, send)
-        except BaseException:
-            await finish(self._context, commit=False)
+        except BaseException as error:
+            await abandon(self._context, error)
             raise
 
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
         # Not in __call__: the application may read the body and make another response of it.
         async for part in body:
             yield part
-        await finish(self._context, commit=True, before_commit=self._before_commit)
+        await self._end()
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    """Return what the exception handlers of the application answer; raise `error` without one."""
+    by_class, by_status = request.scope.get("starlette.exception_handlers", ({}, {}))
+    handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
+    if handler is None:
+        handler = next((by_class[cls] for cls in type(error).__mro__ if cls in by_class), None)
+    if handler is None:
+        raise error
+    if inspect.iscoroutinefunction(handler):
+        response = await handler(request, error)
+    else:
+        response = await run_in_threadpool(handler, request, error)
+    return cast(Response, response)

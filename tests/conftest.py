@@ -107,6 +107,8 @@ async def database(database_url: URL) -> AsyncGenerator[Database]:
     """Empty the tables; return a way to look at what was committed."""
     url = database_url.set(drivername="postgresql").render_as_string(hide_password=False)
     connection = await asyncpg.connect(url)
+    # A test that left something open shall fail, not hang.
+    await connection.execute("SET lock_timeout = '10s'")
     await connection.execute("TRUNCATE item, seat RESTART IDENTITY")
     yield Database(connection)
     await connection.close()

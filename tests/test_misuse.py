@@ -1,0 +1,261 @@
+"""What people get wrong: a clear error, and every connection comes home."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy import (
+    ASGIHTTPDBSessionMiddleware,
+    ContextClosedError,
+    DBConnect,
+    db_session,
+    init_db_session_ctx,
+    new_db_session_ctx,
+    run_in_new_ctx,
+)
+from context_async_sqlalchemy.asgi_utils import ASGIApp, Receive, Scope, Send
+from examples.demo import connections_out
+from examples.serving import http_client
+from tests.conftest import Database
+from tests.models import Item
+from tests.test_asgi_utils import add, app_of, call, respond
+
+HINT = "run_in_new_ctx"
+
+
+def notes(error: BaseException) -> str:
+    return "\n".join(getattr(error, "__notes__", ()))
+
+
+async def outcome(awaitable: Awaitable[Any]) -> BaseException | None:
+    """Return how `awaitable` failed, with whatever error."""
+    try:
+        await awaitable
+    except BaseException as error:
+        return error
+    return None
+
+
+async def statement_is_running(database: Database) -> None:
+    async with asyncio.timeout(10):
+        while "active" not in await database.states():
+            await asyncio.sleep(0)
+
+
+async def is_clean(connect: DBConnect, database: Database) -> bool:
+    """Return whether the pool is whole, and nothing is in a transaction or a statement."""
+    # The server notices a connection that was cut a moment later.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(10):
+            while connections_out(connect) or await database.states():
+                await asyncio.sleep(0)
+            return True
+    return False
+
+
+def app_with_child(
+    connect: DBConnect,
+    database: Database,
+    child: Callable[[], Awaitable[Any]],
+    tasks: list[asyncio.Task[Any]],
+    *,
+    write_first: bool,
+    status: int,
+    late: bool,
+) -> ASGIApp:
+    """Make an application that responds while a task of its own is inside a statement."""
+
+    @ASGIHTTPDBSessionMiddleware
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if write_first:
+            await add(connect, "a")
+        if late:
+            await respond(send, status)
+        tasks.append(asyncio.ensure_future(child()))
+        await statement_is_running(database)
+        if not late:
+            await respond(send, status)
+
+    return app
+
+
+@pytest.mark.parametrize("write_first", [True, False])
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_child_task_inside_a_statement_when_its_context_is_settled(
+    connect: DBConnect, database: Database, write_first: bool, status: int, late: bool
+) -> None:
+    async def child() -> None:
+        session = await db_session(connect)
+        await session.execute(text("SELECT pg_sleep(20)"))
+
+    tasks: list[asyncio.Task[Any]] = []
+    app = app_with_child(
+        connect, database, child, tasks, write_first=write_first, status=status, late=late
+    )
+    error = await outcome(call(app))
+
+    if status == 200 or late:
+        assert error is not None
+        assert HINT in notes(error)
+    assert await outcome(tasks[0]) is not None
+    assert await is_clean(connect, database)
+    assert await database.names() == (["a"] if write_first and late and status == 200 else [])
+    await call(app_of(lambda _: add_ok(connect)))
+    assert "after" in await database.names()
+
+
+async def add_ok(connect: DBConnect) -> int:
+    await add(connect, "after")
+    return 200
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_a_child_task_that_is_taking_a_connection_when_its_context_ends(
+    connect: DBConnect, database: Database, status: int
+) -> None:
+    assert (await connect.session_maker()) is not None
+    assert connect.engine is not None
+    blockers = [await connect.engine.connect() for _ in range(15)]
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def child() -> None:
+        await add(connect, "a")
+
+    async def handler(_: Scope) -> int:
+        tasks.append(asyncio.create_task(child()))
+        await asyncio.sleep(0)
+        return status
+
+    error = await outcome(call(app_of(handler)))
+    for blocker in blockers:
+        await blocker.close()
+
+    if status == 200:
+        assert error is not None
+        assert HINT in notes(error)
+    assert isinstance(await outcome(tasks[0]), ContextClosedError)
+    assert await is_clean(connect, database)
+    assert await database.names() == []
+
+
+async def test_two_tasks_that_use_one_session_at_once_are_told_what_to_do(
+    connect: DBConnect, database: Database
+) -> None:
+    async def handler(_: Scope) -> int:
+        await asyncio.gather(add(connect, "a"), add(connect, "b"))
+        return 200
+
+    error = await outcome(call(app_of(handler)))
+
+    assert error is not None
+    assert HINT in notes(error)
+    assert await is_clean(connect, database)
+    assert await database.names() == []
+
+
+async def test_a_session_kept_after_its_request_is_refused(
+    connect: DBConnect, database: Database
+) -> None:
+    sessions: list[AsyncSession] = []
+
+    async def handler(_: Scope) -> int:
+        sessions.append(await add(connect, "a"))
+        return 200
+
+    await call(app_of(handler))
+    session = sessions[0]
+    for use in (
+        session.execute(text("SELECT 1")),
+        session.get(Item, 1),
+        session.connection(),
+        session.scalar(text("SELECT 1")),
+    ):
+        with pytest.raises(ContextClosedError, match=HINT):
+            await use
+    session.add(Item(name="late"))
+    with pytest.raises(ContextClosedError, match=HINT):
+        await session.commit()
+    await session.close()
+    assert await is_clean(connect, database)
+    assert await database.names() == ["a"]
+
+
+async def test_a_session_kept_after_a_block_is_refused(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+    with pytest.raises(ContextClosedError, match=HINT):
+        await session.execute(text("SELECT 1"))
+    assert connections_out(connect) == 0
+
+
+async def test_a_block_that_ends_in_another_task_is_closed_with_an_error(
+    connect: DBConnect, database: Database
+) -> None:
+    block = new_db_session_ctx()
+    await block.__aenter__()
+    await add(connect, "a")
+
+    error = await outcome(asyncio.create_task(close(block)))
+
+    assert isinstance(error, RuntimeError)
+    assert "opened in another task" in str(error)
+    assert await is_clean(connect, database)
+    with pytest.raises(ContextClosedError):
+        await db_session(connect)
+
+
+async def close(block: Any) -> None:
+    await block.__aexit__(None, None, None)
+
+
+async def test_a_context_opened_by_hand_and_never_ended_is_ended_with_its_request(
+    connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(_: Scope) -> int:
+        init_db_session_ctx(force=True)
+        await add(connect, "forgotten")
+        return 200
+
+    await call(app_of(handler))
+
+    assert "reset_db_session_ctx" in caplog.text
+    assert await is_clean(connect, database)
+    assert await database.names() == []
+
+
+async def test_a_server_started_inside_a_context_gives_each_request_its_own(
+    connect: DBConnect, database: Database
+) -> None:
+    sessions = []
+
+    async def handler(scope: Scope) -> int:
+        sessions.append(await add(connect, scope["path"]))
+        return 200
+
+    async with new_db_session_ctx():
+        sessions.append(await db_session(connect))
+        async with http_client(app_of(handler)) as client:
+            for path in ("/a", "/b"):
+                assert (await client.get(path)).status_code == 200
+        assert await database.names() == ["/a", "/b"]
+        assert await db_session(connect) is sessions[0]
+    assert len(set(sessions)) == 3
+
+
+async def test_concurrent_queries_have_their_own_contexts(
+    connect: DBConnect, database: Database
+) -> None:
+    async def handler(_: Scope) -> int:
+        await asyncio.gather(*(run_in_new_ctx(add, connect, name) for name in "abc"))
+        return 400
+
+    await call(app_of(handler))
+    assert sorted(await database.names()) == ["a", "b", "c"]
