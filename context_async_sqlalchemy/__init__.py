@@ -3,7 +3,6 @@
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
-    CommitOutcomeUnknownError,
     auto_commit_by_status_code,
     close_all_sessions,
     commit_after_response,
@@ -12,15 +11,18 @@ from context_async_sqlalchemy.auto_commit import (
 )
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import (
-    ContextAlreadyInitiatedError,
-    ContextClosedError,
-    ContextNotInitiatedError,
     get_db_session_from_context,
     init_db_session_ctx,
     is_context_initiated,
     pop_db_session_from_context,
     put_db_session_to_context,
     reset_db_session_ctx,
+)
+from context_async_sqlalchemy.exceptions import (
+    CommitOutcomeUnknownError,
+    ContextAlreadyInitiatedError,
+    ContextClosedError,
+    ContextNotInitiatedError,
 )
 from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy.session import (

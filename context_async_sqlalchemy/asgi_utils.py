@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
@@ -13,6 +14,8 @@ from context_async_sqlalchemy.auto_commit import (
     settle,
 )
 from context_async_sqlalchemy.context import DBSessionContext, is_test_context, open_context
+from context_async_sqlalchemy.guards import is_in_use
+from context_async_sqlalchemy.release import wait_until_idle
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -51,7 +54,7 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         if not (before_commit is None or callable(before_commit)):
             raise TypeError("before_commit must be a function that takes a session")
-        if not callable(commit_on):
+        if not callable(commit_on) or inspect.iscoroutinefunction(commit_on):
             raise TypeError("commit_on must be a function that takes a status and returns a bool")
         self.app = app
         self.before_commit = before_commit
@@ -126,9 +129,23 @@ class _SettlingSend:
         await self.send(message)
 
     async def _settle(self, commit: bool) -> None:
-        if self.context.sessions and not self.context.settles_late:
+        sessions = self.context.sessions
+        if sessions and not self.context.settles_late:
+            if any(map(is_in_use, sessions)) and _runs_in_another_task(self.middleware.app):
+                await wait_until_idle(sessions)
             before_commit = self.middleware.before_commit
             await settle(self.context, commit=commit, before_commit=before_commit)
+
+
+def _runs_in_another_task(app: ASGIApp) -> bool:
+    # Inside a BaseHTTPMiddleware of Starlette the application goes on with its body while its
+    # response is started out here, and may be inside a statement, which is nobody's mistake then.
+    inner: object = app
+    while inner is not None:
+        if any(cls.__name__ == "BaseHTTPMiddleware" for cls in type(inner).__mro__):
+            return True
+        inner = getattr(inner, "app", None) or getattr(inner, "middleware_stack", None)
+    return False
 
 
 def has_context(scope: Scope) -> bool:

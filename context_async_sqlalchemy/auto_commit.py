@@ -6,32 +6,17 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
-from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy.context import (
-    DBSessionContext,
-    current_context,
-    invalidate,
-    logger,
-    run_to_completion,
-)
+from context_async_sqlalchemy.context import DBSessionContext, current_context
+from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
+from context_async_sqlalchemy.guards import is_in_use
+from context_async_sqlalchemy.release import close_sessions, rollback_sessions
+from context_async_sqlalchemy.shield import run_to_completion
 
 BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
 """Called with each session about to be committed automatically; may be a plain function."""
-
-
-class CommitOutcomeUnknownError(RuntimeError):
-    """The connection was lost during COMMIT: nobody can know whether it took effect.
-
-    The error of the driver is the cause. Do not repeat the work without looking whether it is done.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The connection was lost during COMMIT, and the transaction may have been committed or "
-            "not: look before you repeat it."
-        )
 
 
 async def auto_commit_by_status_code(
@@ -69,7 +54,7 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
 async def rollback_all_sessions() -> None:
     """Roll back every open transaction of the context.
 
-    A session that fails to roll back is logged, and its connection invalidated.
+    A session that fails to roll back is logged, and its connection discarded.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
@@ -81,13 +66,15 @@ async def rollback_all_sessions() -> None:
 async def close_all_sessions() -> None:
     """Close every session of the context, which rolls back what is still open.
 
-    The context stays open: `db_session` makes a new session.
+    The context stays open: `db_session` makes new sessions.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    await current_context().close_sessions()
+    context = current_context()
+    context.by_key.clear()
+    await close_sessions(context.sessions)
 
 
 def commit_after_response() -> None:
@@ -154,12 +141,6 @@ async def commit_session(session: AsyncSession) -> None:
         raise
 
 
-async def rollback_sessions(sessions: list[AsyncSession]) -> None:
-    """Roll back all of `sessions`, even under cancellation and when one of them fails."""
-    if sessions:
-        await run_to_completion(_rollback_each(sessions))
-
-
 async def _commit(
     context: DBSessionContext,
     sessions: list[AsyncSession],
@@ -174,11 +155,11 @@ async def _commit(
             await _flush(sessions)
         if len(sessions) > 1:
             # A cancellation between two commits would leave one database without the other.
-            await run_to_completion(_commit_each(sessions, committed))
+            await run_to_completion(_commit_each(context, committed))
         else:
             # Nothing can be torn here: spare the task. Whoever is cancelled during its only COMMIT
             # has told nobody that it succeeded, and SQLAlchemy discards the connection.
-            await _commit_each(sessions, committed)
+            await _commit_each(context, committed)
     except BaseException as error:
         _explain(error)
         if committed:
@@ -207,21 +188,13 @@ async def _call_before_commit(
             await result
 
 
-async def _commit_each(sessions: list[AsyncSession], committed: list[AsyncSession]) -> None:
-    for session in sessions:
-        await commit_session(session)
-        committed.append(session)
-
-
-async def _rollback_each(sessions: list[AsyncSession]) -> None:
-    for session in sessions:
-        try:
-            await session.rollback()
-        except Exception:
-            logger.exception(
-                "A database session failed to roll back; its connection is invalidated"
-            )
-            await invalidate(session)
+async def _commit_each(context: DBSessionContext, committed: list[AsyncSession]) -> None:
+    # Ask the context each time: the commit of one may open another, or a transaction of its own.
+    while waiting := [s for s in context.in_transaction() if s not in committed]:
+        if is_in_use(waiting[0]):
+            raise InvalidRequestError(_CONCURRENT_USE)
+        await commit_session(waiting[0])
+        committed.append(waiting[0])
 
 
 def _name(session: AsyncSession) -> str:

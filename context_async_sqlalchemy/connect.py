@@ -8,11 +8,12 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from context_async_sqlalchemy.guards import guard, retire
+from context_async_sqlalchemy.shield import run_to_completion
 
 _numbers = itertools.count(1)
 
@@ -90,8 +91,9 @@ class DBConnect:
         _check_host(host)
         retired = self._live_engine()
         self._open(host)
-        if retired is not None:
-            await _retire(retired)
+        # A creator may keep its engines, and return the one in use.
+        if retired is not None and retired is not self._engine:
+            await run_to_completion(retire(retired))
 
     async def change_host(self, host: str) -> None:
         """Switch to `host` as `connect` does; do nothing if it is the host already.
@@ -141,7 +143,7 @@ class DBConnect:
         retired = self._live_engine()
         self._engine = self._session_maker = self._loop = None
         if retired is not None:
-            await _retire(retired)
+            await run_to_completion(retire(retired))
 
     def _open(self, host: str) -> async_sessionmaker[AsyncSession]:
         # Not a coroutine: with no await between the check of a caller and the assignment here,
@@ -149,7 +151,7 @@ class DBConnect:
         loop = asyncio.get_running_loop()
         engine = _check_engine(self._engine_creator(host))
         session_maker = _check_session_maker(self._session_maker_creator(engine))
-        _listen_to_checkin(engine, _discard_if_in_transaction)
+        guard(engine)
         self._host, self._loop = host, loop
         self._engine, self._session_maker = engine, session_maker
         return session_maker
@@ -158,33 +160,6 @@ class DBConnect:
         # The connections of another loop's engine cannot be used here, nor closed: asyncpg would
         # wait on a loop that does not run. Such an engine is only dropped.
         return self._engine if self._loop is asyncio.get_running_loop() else None
-
-
-async def _retire(engine: AsyncEngine) -> None:
-    # dispose() closes idle connections only. One that a session still holds would go back to a
-    # pool that nobody uses any more, and stay open there.
-    _listen_to_checkin(engine, _close)
-    await engine.dispose()
-
-
-def _listen_to_checkin(
-    engine: AsyncEngine, listener: Callable[[DBAPIConnection | None, ConnectionPoolEntry], None]
-) -> None:
-    pool = getattr(engine, "pool", None)
-    if isinstance(pool, Pool):
-        event.listen(pool, "checkin", listener)
-
-
-def _close(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-    entry.close()
-
-
-def _discard_if_in_transaction(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-    # While a task is inside a statement, asyncpg refuses a COMMIT or ROLLBACK of another one.
-    # SQLAlchemy forgets the transaction then, and returns the connection with it to the pool.
-    is_in_transaction = getattr(entry.driver_connection, "is_in_transaction", None)
-    if is_in_transaction is not None and is_in_transaction():
-        entry.invalidate()
 
 
 def _check_host(host: str) -> None:

@@ -3,80 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Coroutine
 from contextvars import ContextVar, Token
-from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy.connect import DBConnect
-
-T = TypeVar("T")
-
-logger = logging.getLogger("context_async_sqlalchemy")
-
-_HINT = (
-    "In a web application add the middleware; elsewhere open one with "
-    "'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'; for a session "
-    "in no context use 'async with new_non_ctx_session(connect):'."
+from context_async_sqlalchemy.exceptions import (
+    ContextAlreadyInitiatedError,
+    ContextClosedError,
+    ContextNotInitiatedError,
 )
-
-
-class ContextNotInitiatedError(RuntimeError):
-    """A session was asked for where there is no context to hold it."""
-
-    def __init__(
-        self, message: str = f"There is no database session context here. {_HINT}"
-    ) -> None:
-        super().__init__(message)
-
-
-class ContextClosedError(ContextNotInitiatedError):
-    """A session was asked for in a context that has ended, as by a task outliving its request."""
-
-    def __init__(
-        self, message: str = f"The database session context of this task has ended. {_HINT}"
-    ) -> None:
-        super().__init__(message)
-
-
-class ContextAlreadyInitiatedError(RuntimeError):
-    """A context was opened by hand inside another one."""
-
-    def __init__(
-        self,
-        message: str = "There is a database session context already. To open another one inside "
-        "it, use 'async with new_db_session_ctx():' or 'init_db_session_ctx(force=True)'.",
-    ) -> None:
-        super().__init__(message)
-
-
-class Creation:
-    """What makes the creation of a session single-flight.
-
-    Attributes:
-        lock: Held while the session is made.
-        task: The task that makes it.
-    """
-
-    __slots__ = ("lock", "task")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.task: asyncio.Task[Any] | None = None
+from context_async_sqlalchemy.release import close_sessions, is_in_transaction, refuse_further_use
+from context_async_sqlalchemy.shield import logger
 
 
 class DBSessionContext:
     """The sessions of one unit of work; one container, shared by all its tasks.
 
     Attributes:
-        current: The session that `db_session` returns for each connect, by `context_key`.
+        by_key: The session that `db_session` returns for each connect, by `context_key`.
         sessions: Every session to settle and to close, in the order they were made. One that was
             closed or replaced by hand stays here: somebody may still hold it and use it.
-        creations: How far the session of each connect is made, by `context_key`.
+        locks: What makes the creation of a connect's session single-flight, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
         settles_late: Whether a request settles only when the application has returned.
@@ -84,19 +33,19 @@ class DBSessionContext:
     """
 
     __slots__ = (
+        "by_key",
         "closed",
-        "creations",
-        "current",
         "is_test",
+        "locks",
         "sessions",
         "settles_late",
         "token",
     )
 
     def __init__(self) -> None:
-        self.current: dict[str, AsyncSession] = {}
+        self.by_key: dict[str, AsyncSession] = {}
         self.sessions: list[AsyncSession] = []
-        self.creations: dict[str, Creation] = {}
+        self.locks: dict[str, asyncio.Lock] = {}
         self.is_test = False
         self.closed = False
         self.settles_late = False
@@ -104,26 +53,20 @@ class DBSessionContext:
 
     def put(self, context_key: str, session: AsyncSession) -> None:
         """Make `session` the one that `db_session` returns for a connect."""
-        self.current[context_key] = session
+        self.by_key[context_key] = session
         if session not in self.sessions:
             self.sessions.append(session)
 
     def pop(self, context_key: str) -> AsyncSession | None:
         """Take out the session of a connect, which is the caller's then."""
-        session = self.current.pop(context_key, None)
-        if session is not None:
+        session = self.by_key.pop(context_key, None)
+        if session is not None and session not in self.by_key.values():
             self.sessions.remove(session)
         return session
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
-        return [session for session in self.sessions if session.in_transaction()]
-
-    async def close_sessions(self) -> None:
-        """Close every session; an error is logged, for there is nothing left to save."""
-        sessions, self.sessions = self.sessions, []
-        self.current.clear()
-        await close_sessions(sessions)
+        return [session for session in self.sessions if is_in_transaction(session)]
 
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable, refuse whatever comes later, close every session."""
@@ -142,12 +85,12 @@ class DBSessionContext:
                 "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
             ) from error
         finally:
-            if with_close and self.sessions:
-                sessions = self.sessions
-                await self.close_sessions()
+            sessions, self.sessions = self.sessions, []
+            self.by_key.clear()
+            if with_close and sessions:
                 for session in sessions:
-                    _retire(session)
-
+                    refuse_further_use(session)
+                await close_sessions(sessions)
 
     async def _end_forgotten(self) -> None:
         inside = _context.get()
@@ -252,7 +195,7 @@ def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    return current_context().current.get(connect.context_key)
+    return current_context().by_key.get(connect.context_key)
 
 
 def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None:
@@ -281,71 +224,3 @@ def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         ContextClosedError: If it has ended.
     """
     return current_context().pop(connect.context_key)
-
-
-async def close_sessions(sessions: list[AsyncSession]) -> None:
-    """Close all of `sessions`, even under cancellation and when one of them fails to close."""
-    if any(session.in_transaction() for session in sessions):
-        await run_to_completion(_close_each(sessions))
-    else:
-        # Nothing is sent to a server then, so that nothing can be torn: spare the task.
-        await _close_each(sessions)
-
-
-async def _close_each(sessions: list[AsyncSession]) -> None:
-    for session in sessions:
-        try:
-            await session.close()
-        except Exception:
-            logger.exception("A database session failed to close; its connection is invalidated")
-            await invalidate(session)
-
-
-async def invalidate(session: AsyncSession) -> None:
-    """Discard the connections of a session that failed to roll back or to close."""
-    try:
-        await session.invalidate()
-    except Exception:
-        sync_session = getattr(session, "sync_session", None)
-        if isinstance(sync_session, Session):
-            # Another task is taking a connection, and SQLAlchemy lets nobody else in meanwhile.
-            event.listen(sync_session, "after_begin", _refuse_connection)
-        else:
-            logger.exception("The connection of a database session could not be invalidated")
-
-
-def _refuse_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
-    connection.invalidate()
-    raise ContextClosedError
-
-
-def _retire(session: AsyncSession) -> None:
-    # Session.get_bind() is what every statement asks first, and is made to be overridden. Whoever
-    # kept the session would otherwise take a connection that nobody returns.
-    sync_session = getattr(session, "sync_session", None)
-    if isinstance(sync_session, Session):
-        sync_session.get_bind = _refuse_statement  # type: ignore[method-assign]
-
-
-def _refuse_statement(*_: Any, **__: Any) -> NoReturn:
-    raise ContextClosedError
-
-
-async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
-
-    asyncio cancels once; an anyio cancel scope cancels again at every await. The cancellation is
-    raised when the work has ended; an error of the work is logged then.
-    """
-    task = asyncio.create_task(work)
-    cancellation: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as cancelled:
-            cancellation = cancelled
-    if cancellation is None:
-        return task.result()
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("A database session failed after its task was cancelled", exc_info=error)
-    raise cancellation

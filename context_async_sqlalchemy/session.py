@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from typing import Literal, TypeAlias, get_args
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy.auto_commit import commit_session, rollback_sessions
+from context_async_sqlalchemy.auto_commit import commit_session
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import (
-    ContextClosedError,
-    Creation,
     DBSessionContext,
-    close_sessions,
     current_context,
     get_db_session_from_context,
+)
+from context_async_sqlalchemy.exceptions import ContextClosedError
+from context_async_sqlalchemy.release import (
+    close_sessions,
+    is_in_transaction,
+    rollback_sessions,
 )
 
 CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise"]
@@ -38,7 +42,7 @@ async def db_session(connect: DBConnect) -> AsyncSession:
         ContextClosedError: If it has ended.
     """
     context = current_context()
-    session = context.current.get(connect.context_key)
+    session = context.by_key.get(connect.context_key)
     if session is None:
         session = await _create_session(context, connect)
     return session
@@ -108,9 +112,9 @@ async def close_db_session(connect: DBConnect) -> None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    session = current_context().current.pop(connect.context_key, None)
+    session = current_context().by_key.pop(connect.context_key, None)
     if session is not None:
-        await session.close()
+        await close_sessions([session])
 
 
 @asynccontextmanager
@@ -146,22 +150,21 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[Async
 
 async def _create_session(context: DBSessionContext, connect: DBConnect) -> AsyncSession:
     key = connect.context_key
-    # Two tasks may ask first at the same time, and the handler of the connect may really wait.
-    creation = context.creations.setdefault(key, Creation())
-    if creation.task is asyncio.current_task():
+    if key in (creating := _creating.get()):
         raise RuntimeError(
             f"the before_create_session_handler of {connect!r} asks for the session that is only "
             "made after it: use a connection of its own there"
         )
-    async with creation.lock:
-        session = context.current.get(key)
+    # Two tasks may ask first at the same time, and the handler of the connect may really wait.
+    async with context.locks.setdefault(key, asyncio.Lock()):
+        session = context.by_key.get(key)
         if session is not None:
             return session
-        creation.task = asyncio.current_task()
+        token = _creating.set(creating | {key})
         try:
             session = await connect.create_session()
         finally:
-            creation.task = None
+            _creating.reset(token)
         if context.closed:
             await session.close()
             raise ContextClosedError
@@ -169,12 +172,16 @@ async def _create_session(context: DBSessionContext, connect: DBConnect) -> Asyn
         return session
 
 
+# The connects whose session is being made by this task, or by one that it is a child of.
+_creating: ContextVar[frozenset[str]] = ContextVar("creating", default=frozenset())
+
+
 @asynccontextmanager
 async def _atomic_db_session(
     connect: DBConnect, current_transaction: CurrentTransaction
 ) -> AsyncGenerator[AsyncSession]:
     session = await db_session(connect)
-    if session.in_transaction():
+    if is_in_transaction(session):
         if current_transaction == "raise":
             raise InvalidRequestError(
                 "A transaction is open already on the database session of this context: commit it "
@@ -184,7 +191,7 @@ async def _atomic_db_session(
             await commit_session(session)
         elif current_transaction == "rollback":
             await session.rollback()
-    if not session.in_transaction():
+    if not is_in_transaction(session):
         await session.begin()
     try:
         yield session

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from context_async_sqlalchemy.asgi_utils import (
@@ -28,6 +28,7 @@ from context_async_sqlalchemy.auto_commit import (
     settle,
 )
 from context_async_sqlalchemy.context import DBSessionContext
+from context_async_sqlalchemy.release import wait_until_idle
 
 
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
@@ -87,18 +88,22 @@ async def starlette_http_db_session_middleware(
         commit = is_success(response.status_code)
         if not context.settles_late:
             try:
+                # The application goes on with its body meanwhile, until this function reads it.
+                await wait_until_idle(context.sessions)
                 await settle(context, commit=commit, before_commit=before_commit)
             except Exception as failure:
                 response = await _handle(request, failure)
                 await finish(context, commit=False)
                 return response
+        commit = commit or not context.settles_late
+        end = partial(finish, context, commit=commit, before_commit=before_commit)
+        if hasattr(response, "body_iterator"):
+            return _EndingResponse(response, end, context)
+        await end()
     except BaseException as error:
         await abandon(context, error)
         raise
-    commit = commit or not context.settles_late
-    return _EndingResponse(
-        response, partial(finish, context, commit=commit, before_commit=before_commit), context
-    )
+    return response
 
 
 class _EndingResponse(Response):
@@ -111,7 +116,7 @@ class _EndingResponse(Response):
         self._respond = type(response).__call__
         self._end = end
         self._context = context
-        self.body_iterator = self._end_with_body(cast(StreamingResponse, response).body_iterator)
+        self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -70,6 +70,10 @@ class Database:
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
 
+    async def empty(self) -> None:
+        """Delete every row."""
+        await self._connection.execute("TRUNCATE item, seat RESTART IDENTITY")
+
     async def names(self) -> list[str]:
         """Return the names of the committed items, in the order they were made."""
         return [
@@ -88,6 +92,19 @@ class Database:
             " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
         )
         return [r["state"] for r in rows]
+
+    async def execute(self, statements: str) -> None:
+        """Run statements, each committed by itself."""
+        await self._connection.execute(statements)
+
+    async def pid_of(self, statement: str) -> int | None:
+        """Return the backend that runs a statement LIKE this, if there is one."""
+        pid: int | None = await self._connection.fetchval(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND state = 'active' AND query LIKE $1 AND pid <> pg_backend_pid()",
+            statement,
+        )
+        return pid
 
     async def terminate(self, pid: int) -> None:
         """End another connection from the server's side, and wait until it is gone."""
@@ -109,8 +126,9 @@ async def database(database_url: URL) -> AsyncGenerator[Database]:
     connection = await asyncpg.connect(url)
     # A test that left something open shall fail, not hang.
     await connection.execute("SET lock_timeout = '10s'")
-    await connection.execute("TRUNCATE item, seat RESTART IDENTITY")
-    yield Database(connection)
+    database = Database(connection)
+    await database.empty()
+    yield database
     await connection.close()
 
 

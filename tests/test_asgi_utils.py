@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 from unittest.mock import Mock
 
@@ -262,8 +264,9 @@ async def test_work_after_the_response_that_raises_is_rolled_back(
         await add(connect, "after")
         raise ValueError("too late")
 
-    async with http_client(app) as client:
-        assert (await client.get("/")).status_code == 200
+    with caplog.at_level(logging.ERROR, logger="uvicorn.error"):
+        async with http_client(app) as client:
+            assert (await client.get("/")).status_code == 200
     assert await database.names() == ["before"]
     assert "too late" in caplog.text
 
@@ -327,6 +330,21 @@ async def test_commit_rollback_and_close_in_the_middle_of_a_request(
     async with http_client(app_of(handler)) as client:
         assert (await client.get("/")).status_code == 400
     assert await database.names() == ["committed"]
+
+
+async def test_a_request_that_swallowed_a_failed_statement_is_no_success(
+    connect: DBConnect, database: Database
+) -> None:
+    async def handler(_: Scope) -> int:
+        await add(connect, "a")
+        with suppress(IntegrityError):
+            await add(connect, "a")
+        return 200
+
+    async with http_client(app_of(handler)) as client:
+        # PostgreSQL would answer COMMIT with ROLLBACK, and no driver would say so.
+        assert (await client.get("/")).status_code == 500
+    assert await database.names() == []
 
 
 async def test_two_connects_in_one_request_share_its_fate(
@@ -523,6 +541,14 @@ async def test_before_commit_runs_before_each_commit_and_no_rollback(connect: DB
     await call(app, http_scope("/200"))
     await call(app, http_scope("/400"))
     before_commit.assert_called_once_with(sessions[0])
+
+
+async def test_an_async_commit_on_is_refused() -> None:
+    async def commit_on(_: int) -> bool:
+        return False
+
+    with pytest.raises(TypeError, match="commit_on must be a function"):
+        ASGIHTTPDBSessionMiddleware(Mock(), commit_on=commit_on)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["before_commit", "commit_on"])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
+    CommitOutcomeUnknownError,
     DBConnect,
+    atomic_db_session,
     auto_commit_by_status_code,
     close_all_sessions,
     commit_all_sessions,
+    commit_db_session,
     db_session,
     new_db_session_ctx,
     put_db_session_to_context,
@@ -243,3 +248,120 @@ async def test_close_all_sessions_keeps_the_context_open(
         assert second is not first
         second.add(Item(name="kept"))
     assert await database.names() == ["kept"]
+
+
+async def test_a_session_used_after_close_all_sessions_is_still_settled(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await close_all_sessions()
+        session.add(Item(name="kept"))
+        await session.flush()
+    assert await database.names() == ["kept"]
+
+
+async def test_a_session_opened_by_the_commit_of_another_is_committed_with_it(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    class Session(AsyncSession):
+        async def commit(self) -> None:
+            (await db_session(second_connect)).add(Item(name="outbox"))
+            await super().commit()
+
+    await connect.session_maker()
+    async with new_db_session_ctx():
+        put_db_session_to_context(connect, session := Session(connect.engine))
+        session.add(Item(name="main"))
+        await commit_all_sessions()
+        assert sorted(await database.names()) == ["main", "outbox"]
+
+
+@pytest.fixture
+async def slow_commit(database: Database) -> AsyncGenerator[None]:
+    """Make the COMMIT of a transaction with a seat in it take long."""
+    await database.execute(
+        "CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_sleep(20); RETURN NULL; END';"
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON seat"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION take_long()"
+    )
+    yield
+    await database.execute("DROP FUNCTION take_long CASCADE")
+
+
+async def add_seat(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        (await db_session(connect)).add(Seat(number=1))
+
+
+async def add_seat_and_commit(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        (await db_session(connect)).add(Seat(number=1))
+        await commit_db_session(connect)
+
+
+async def add_seat_in_atomic_block(connect: DBConnect) -> None:
+    async with new_db_session_ctx(), atomic_db_session(connect) as session:
+        session.add(Seat(number=1))
+
+
+@pytest.mark.usefixtures("slow_commit")
+@pytest.mark.parametrize("unit_of_work", [add_seat, add_seat_and_commit, add_seat_in_atomic_block])
+async def test_a_connection_lost_during_commit_is_an_unknown_outcome(
+    connect: DBConnect,
+    database: Database,
+    unit_of_work: Callable[[DBConnect], Coroutine[Any, Any, None]],
+) -> None:
+    task = asyncio.create_task(unit_of_work(connect))
+    async with asyncio.timeout(10):
+        while not (pid := await database.pid_of("COMMIT%")):
+            await asyncio.sleep(0)
+    await database.terminate(pid)
+
+    with pytest.raises(CommitOutcomeUnknownError, match="committed or not") as caught:
+        await task
+
+    assert isinstance(caught.value.__cause__, DBAPIError)
+    assert connections_out(connect) == 0
+
+
+async def test_a_connection_lost_before_commit_is_no_unknown_outcome(
+    connect: DBConnect, database: Database
+) -> None:
+    with pytest.raises(DBAPIError):
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            session.add(Seat(number=1))
+            await session.flush()
+            await database.terminate(await session.scalar(text("SELECT pg_backend_pid()")))
+    assert await database.seats() == []
+    assert connections_out(connect) == 0
+
+
+async def test_a_connection_lost_in_the_flush_of_a_commit_is_no_unknown_outcome(
+    connect: DBConnect, database: Database
+) -> None:
+    with pytest.raises(DBAPIError):
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            pid = await session.scalar(text("SELECT pg_backend_pid()"))
+            session.add(Seat(number=1))
+            await database.terminate(pid)
+    assert await database.seats() == []
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "invalidated", "unknown"),
+    [("57P01", False, True), ("08006", False, True), (None, True, True), ("23505", False, False)],
+)
+async def test_the_sqlstate_of_a_failed_commit_tells_a_lost_connection(
+    sqlstate: str | None, invalidated: bool, unknown: bool
+) -> None:
+    driver_error = Exception("from the driver")
+    driver_error.sqlstate = sqlstate  # type: ignore[attr-defined]
+    session = session_mock(in_transaction=True)
+    session.commit.side_effect = DBAPIError(None, None, driver_error, False, invalidated)
+    with pytest.raises(CommitOutcomeUnknownError if unknown else DBAPIError):
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect_mock(), session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import warnings
+from contextlib import AsyncExitStack
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock
 
@@ -183,6 +184,44 @@ async def test_a_session_in_flight_leaves_no_connection_after_close(
         await session.execute(text("SELECT 1"))
         await connect.close()
         assert await database.connections() == 1
+    assert await database.connections() == 0
+
+
+async def test_a_cancelled_change_of_hosts_leaves_no_connection(
+    database_url: URL, database: Database
+) -> None:
+    connect = make_connect(database_url)
+    async with AsyncExitStack() as stack:
+        for _ in range(5):
+            session = await stack.enter_async_context(new_non_ctx_session(connect))
+            await session.execute(text("SELECT 1"))
+    assert await database.connections() == 5
+
+    task = asyncio.create_task(connect.change_host("localhost"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert connect.host == "localhost"
+    assert await database.connections() == 0
+
+
+async def test_a_creator_may_keep_its_engines(database_url: URL, database: Database) -> None:
+    made = make_connect(database_url)
+    engines: dict[str, AsyncEngine] = {}
+
+    def engine_of(host: str) -> AsyncEngine:
+        return engines.setdefault(host, made._engine_creator(host))
+
+    connect = DBConnect(engine_of, made._session_maker_creator, host="127.0.0.1")
+    pids = []
+    for host in ("localhost", "127.0.0.1", "127.0.0.1"):
+        await connect.connect(host)
+        async with new_non_ctx_session(connect) as session:
+            pids.append(await session.scalar(text("SELECT pg_backend_pid()")))
+    assert pids[1] == pids[2]
+    await connect.close()
     assert await database.connections() == 0
 
 

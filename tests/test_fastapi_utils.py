@@ -8,9 +8,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import ContextClosedError, DBConnect, db_session
@@ -223,3 +224,28 @@ async def test_before_commit_is_passed_on(connect: DBConnect) -> None:
     async with http_client(app) as client:
         assert (await client.get("/success")).status_code == 200
     before_commit.assert_called_once()
+
+
+@every_way
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_commit_that_fails_reaches_the_exception_handlers(
+    connect: DBConnect, database: Database, add_middleware: Adder, kind: str
+) -> None:
+    app = make_app(connect)
+    add_middleware(app)
+
+    if kind == "async":
+
+        @app.exception_handler(IntegrityError)
+        async def conflict(_: Request, error: IntegrityError) -> JSONResponse:
+            return JSONResponse({"error": type(error).__name__}, 409)
+    else:
+
+        @app.exception_handler(IntegrityError)
+        def sync_conflict(_: Request, error: IntegrityError) -> JSONResponse:
+            return JSONResponse({"error": type(error).__name__}, 409)
+
+    async with http_client(app) as client:
+        response = await client.get("/commit-fails")
+        assert (response.status_code, response.json()) == (409, {"error": "IntegrityError"})
+        assert await database.seats() == []

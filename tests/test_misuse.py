@@ -30,8 +30,9 @@ from tests.test_asgi_utils import add, app_of, call, respond
 HINT = "run_in_new_ctx"
 
 
-def notes(error: BaseException) -> str:
-    return "\n".join(getattr(error, "__notes__", ()))
+def told(error: BaseException | None) -> str:
+    """Return what an error says, with its notes."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 async def outcome(awaitable: Awaitable[Any]) -> BaseException | None:
@@ -103,8 +104,7 @@ async def test_a_child_task_inside_a_statement_when_its_context_is_settled(
     error = await outcome(call(app))
 
     if status == 200 or late:
-        assert error is not None
-        assert HINT in notes(error)
+        assert HINT in told(error)
     assert await outcome(tasks[0]) is not None
     assert await is_clean(connect, database)
     assert await database.names() == (["a"] if write_first and late and status == 200 else [])
@@ -139,8 +139,7 @@ async def test_a_child_task_that_is_taking_a_connection_when_its_context_ends(
         await blocker.close()
 
     if status == 200:
-        assert error is not None
-        assert HINT in notes(error)
+        assert HINT in told(error)
     assert isinstance(await outcome(tasks[0]), ContextClosedError)
     assert await is_clean(connect, database)
     assert await database.names() == []
@@ -155,8 +154,7 @@ async def test_two_tasks_that_use_one_session_at_once_are_told_what_to_do(
 
     error = await outcome(call(app_of(handler)))
 
-    assert error is not None
-    assert HINT in notes(error)
+    assert HINT in told(error)
     assert await is_clean(connect, database)
     assert await database.names() == []
 

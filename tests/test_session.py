@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import func, insert, select, text
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy import URL, func, insert, select, text
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    PendingRollbackError,
+)
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from context_async_sqlalchemy import (
@@ -25,7 +31,7 @@ from context_async_sqlalchemy import (
     rollback_db_session,
 )
 from examples.demo import connections_out
-from tests.conftest import Database
+from tests.conftest import Database, checked_connect
 from tests.models import Item
 
 
@@ -131,6 +137,112 @@ async def test_a_handler_that_asks_for_the_session_it_precedes_is_told_so() -> N
     async with new_db_session_ctx():
         with pytest.raises(RuntimeError, match="before_create_session_handler"):
             await db_session(connect)
+
+
+async def test_a_handler_whose_child_task_asks_for_that_session_is_told_so() -> None:
+    async def handler(connect: DBConnect) -> None:
+        await asyncio.gather(db_session(connect))
+
+    connect = DBConnect(
+        lambda _: Mock(spec=["dispose"]),
+        lambda _: async_sessionmaker(),
+        host="a",
+        before_create_session_handler=handler,
+    )
+    async with new_db_session_ctx():
+        with pytest.raises(RuntimeError, match="before_create_session_handler"):
+            await db_session(connect)
+
+
+@pytest.mark.parametrize("commit", ["session", "function", "atomic", "outside"])
+async def test_a_transaction_with_a_failed_statement_is_not_committed(
+    connect: DBConnect, database: Database, commit: str
+) -> None:
+    async def write(session: AsyncSession) -> None:
+        await session.execute(insert(Item).values(name="a"))
+        with suppress(IntegrityError):
+            await session.execute(insert(Item).values(name="a"))
+
+    async def unit_of_work() -> None:
+        if commit == "outside":
+            async with new_non_ctx_atomic_session(connect) as session:
+                await write(session)
+        elif commit == "atomic":
+            async with atomic_db_session(connect) as session:
+                await write(session)
+        else:
+            session = await db_session(connect)
+            await write(session)
+            await (session.commit() if commit == "session" else commit_db_session(connect))
+
+    with pytest.raises(PendingRollbackError, match="begin_nested") as caught:
+        async with new_db_session_ctx():
+            await unit_of_work()
+    assert isinstance(caught.value.__cause__, Exception)
+    assert connections_out(connect) == 0
+    assert await database.names() == []
+
+
+async def test_a_failed_statement_in_a_savepoint_is_forgiven(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+        await session.flush()
+        with suppress(IntegrityError):
+            async with session.begin_nested():
+                await session.execute(insert(Item).values(name="a"))
+        session.add(Item(name="b"))
+    assert await database.names() == ["a", "b"]
+
+
+async def test_a_failed_statement_is_forgiven_after_a_rollback(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        for _ in range(2):
+            with suppress(DBAPIError):
+                await session.execute(text("SELECT 1 / 0"))
+        await session.rollback()
+        session.add(Item(name="a"))
+    assert await database.names() == ["a"]
+
+
+async def test_a_failed_statement_is_forgiven_where_each_is_its_own_transaction(
+    database_url: URL, database: Database
+) -> None:
+    async with checked_connect(database_url, database, isolation_level="AUTOCOMMIT") as connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            with suppress(DBAPIError):
+                await session.execute(text("SELECT 1 / 0"))
+            await session.execute(insert(Item).values(name="a"))
+        assert await database.names() == ["a"]
+
+
+async def test_a_failed_statement_is_forgiven_where_it_does_not_abort(
+    sqlite_connect: DBConnect,
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(sqlite_connect)
+        await session.execute(insert(Item).values(name="a"))
+        with suppress(IntegrityError):
+            await session.execute(insert(Item).values(name="a"))
+    async with new_non_ctx_session(sqlite_connect) as session:
+        assert await session.scalar(select(func.count(Item.id))) == 1
+
+
+async def test_a_value_the_driver_refuses_to_send_does_not_abort(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await session.execute(insert(Item).values(name="a"))
+        with suppress(DBAPIError):
+            await session.execute(insert(Item).values(name=1))
+    assert await database.names() == ["a"]
 
 
 async def test_commit_rollback_and_close_by_hand(connect: DBConnect, database: Database) -> None:

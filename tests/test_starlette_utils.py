@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -19,7 +20,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from context_async_sqlalchemy import ContextClosedError, DBConnect, db_session
+from context_async_sqlalchemy import (
+    ContextClosedError,
+    DBConnect,
+    commit_after_response,
+    db_session,
+    is_context_initiated,
+)
 from context_async_sqlalchemy.starlette_utils import (
     StarletteHTTPDBSessionMiddleware,
     add_starlette_http_db_session_middleware,
@@ -28,7 +35,7 @@ from context_async_sqlalchemy.starlette_utils import (
 from examples.demo import connections_out
 from examples.serving import http_client
 from tests.conftest import Database
-from tests.test_asgi_utils import add
+from tests.test_asgi_utils import add, http_scope
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -234,6 +241,43 @@ async def test_the_dispatch_function_ends_the_context_of_a_client_that_left(
 
 
 @every_way
+@pytest.mark.parametrize("writes", [False, True])
+async def test_a_streamed_body_that_begins_with_a_statement_is_covered(
+    connect: DBConnect, database: Database, add_middleware: Any, writes: bool
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        for name in "bcd":
+            await add(connect, name)
+            yield name
+
+    async def endpoint(_: Request) -> Response:
+        if writes:
+            await add(connect, "a")
+        return StreamingResponse(body())
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        for number in range(10):
+            response = await client.get("/")
+            assert (response.status_code, response.text) == (200, "bcd"), number
+            assert await database.names() == ([*"abcd"] if writes else [*"bcd"])
+            assert connections_out(connect) == 0
+            await database.empty()
+
+
+async def test_the_dispatch_function_takes_a_response_that_is_not_streamed(
+    connect: DBConnect, database: Database
+) -> None:
+    async def call_next(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({})
+
+    response = await starlette_http_db_session_middleware(Request(http_scope()), call_next)
+    assert response.status_code == 200
+    assert not is_context_initiated()
+    assert await database.names() == ["a"]
+
+
+@every_way
 async def test_a_mounted_application_joins_the_request(
     connect: DBConnect, database: Database, add_middleware: Any
 ) -> None:
@@ -283,3 +327,139 @@ async def test_before_commit_is_passed_on(connect: DBConnect, way: str) -> None:
     async with http_client(app) as client:
         assert (await client.get("/")).status_code == 200
     before_commit.assert_called_once()
+
+
+def app_with_handlers(
+    connect: DBConnect, add_middleware: Any, handlers: dict[Any, Any], before_commit: Any = None
+) -> Starlette:
+    """Make an application whose every commit fails, with these exception handlers."""
+
+    async def endpoint(request: Request) -> Response:
+        assert await request.body() == b"seat"
+        session = await db_session(connect)
+        await session.execute(text("INSERT INTO seat (number) VALUES (1), (1)"))
+        return JSONResponse({})
+
+    app = Starlette(
+        routes=[Route("/", endpoint, methods=["POST"])],
+        exception_handlers=handlers,
+    )
+    add_middleware(app)
+    return app
+
+
+async def async_conflict(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": type(error).__name__, "path": request.url.path}, 409)
+
+
+def sync_conflict(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": type(error).__name__, "path": request.url.path}, 409)
+
+
+@every_way
+@pytest.mark.parametrize("handler", [async_conflict, sync_conflict])
+@pytest.mark.parametrize("registered", [IntegrityError, DBAPIError])
+async def test_a_commit_that_fails_reaches_the_exception_handlers(
+    connect: DBConnect, database: Database, add_middleware: Any, handler: Any, registered: Any
+) -> None:
+    app = app_with_handlers(connect, add_middleware, {registered: handler})
+    async with http_client(app) as client:
+        response = await client.post("/", content=b"seat")
+        assert response.status_code == 409
+        assert response.json() == {"error": "IntegrityError", "path": "/"}
+        assert await database.seats() == []
+        assert connections_out(connect) == 0
+
+
+@every_way
+async def test_a_commit_that_fails_without_a_handler_for_it_is_a_server_error(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    handled = []
+
+    async def server_error(_: Request, error: Exception) -> Response:
+        handled.append(type(error))
+        return Response(status_code=503)
+
+    handlers = {KeyError: async_conflict, Exception: server_error}
+    app = app_with_handlers(connect, add_middleware, handlers)
+    async with http_client(app) as client:
+        assert (await client.post("/", content=b"seat")).status_code == 503
+        assert handled == [IntegrityError]
+
+
+@pytest.mark.parametrize("registered", [HTTPException, 409])
+async def test_a_refusal_of_before_commit_reaches_the_exception_handlers(
+    connect: DBConnect, database: Database, registered: Any
+) -> None:
+    async def handle(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"detail": error.detail}, error.status_code)
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return JSONResponse({})
+
+    app = Starlette(routes=[Route("/", endpoint)], exception_handlers={registered: handle})
+    before_commit = Mock(side_effect=HTTPException(409, "closed for today"))
+    add_starlette_http_db_session_middleware(app, before_commit)
+    async with http_client(app) as client:
+        response = await client.get("/")
+        assert response.status_code == 409
+        assert response.json() == {"detail": "closed for today"}
+    assert await database.names() == []
+
+
+@pytest.mark.parametrize("add_middleware", [add_starlette_http_db_session_middleware, add_dispatch])
+async def test_a_handler_of_a_failed_commit_may_use_the_database(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def handle(_: Request, __: Exception) -> Response:
+        await add(connect, "rolled back with the status")
+        return Response(status_code=409)
+
+    app = app_with_handlers(connect, add_middleware, {IntegrityError: handle})
+    async with http_client(app) as client:
+        assert (await client.post("/", content=b"seat")).status_code == 409
+    assert await database.names() == []
+
+
+@every_way
+async def test_the_handlers_of_a_mounted_application_come_first(
+    connect: DBConnect, database: Database, add_middleware: Any
+) -> None:
+    async def outer(_: Request, __: Exception) -> Response:
+        return Response(status_code=500)
+
+    mounted = app_with_handlers(connect, lambda _: None, {IntegrityError: async_conflict})
+    app = Starlette(
+        routes=[Mount("/mounted", app=mounted)], exception_handlers={IntegrityError: outer}
+    )
+    add_middleware(app)
+    async with http_client(app) as client:
+        assert (await client.post("/mounted/", content=b"seat")).status_code == 409
+
+
+@every_way
+@pytest.mark.parametrize(("status", "names"), [(200, ["a", "b"]), (404, [])])
+async def test_a_request_may_be_committed_after_its_response(
+    connect: DBConnect, database: Database, add_middleware: Any, status: int, names: list[str]
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        commit_after_response()
+        session = await add(connect, "a", "b")
+        # A cursor on the server, which a commit would close.
+        cursor = await session.stream(text("SELECT name FROM item ORDER BY id"))
+
+        async def body() -> AsyncGenerator[str]:
+            assert await database.names() == []
+            async for name in cursor.scalars():
+                yield name
+
+        return StreamingResponse(body(), status_code=status)
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        response = await client.get("/")
+        assert (response.status_code, response.text) == (status, "ab")
+    assert connections_out(connect) == 0
+    assert await database.names() == names

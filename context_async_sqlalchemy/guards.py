@@ -1,0 +1,130 @@
+"""What drivers and SQLAlchemy let pass, and a connect does not."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+_FAILED = "context_async_sqlalchemy.failed_transaction"
+
+
+def guard(engine: AsyncEngine) -> None:
+    """Watch the connections of an engine from now on."""
+    sync_engine = getattr(engine, "sync_engine", None)
+    if not isinstance(sync_engine, Engine):
+        return  # users' tests pass mocks
+    if sync_engine not in _guards:
+        _guards[sync_engine] = _Guard(sync_engine)
+    _guards[sync_engine].retired = False
+
+
+async def retire(engine: AsyncEngine) -> None:
+    """Close the connections of an engine: the idle ones now, the others as they come back."""
+    # dispose() closes idle connections only. One that a session still holds would go back to a
+    # pool that nobody uses any more, and stay open there.
+    if isinstance(getattr(engine, "sync_engine", None), Engine):
+        _guards[engine.sync_engine].retired = True
+    await engine.dispose()
+
+
+def is_in_use(session: AsyncSession) -> bool:
+    """Return whether a task is inside a statement of this session, or taking a connection for it.
+
+    Whoever ends its transaction then gets an error of asyncpg, after which SQLAlchemy takes the
+    transaction for ended, and returns the connection with it to the pool.
+    """
+    transaction = _transaction_of(session)
+    if transaction is not None and transaction._current_fn is not None:
+        return True
+    for connection in connections_of(session):
+        # The lock of SQLAlchemy's adapters for drivers in which statements cannot wait for others.
+        lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+        if lock is not None and lock.locked():
+            return True
+    return False
+
+
+def connections_of(session: AsyncSession) -> list[Connection]:
+    """Return the open connections of this session's transaction."""
+    transaction = _transaction_of(session)
+    if transaction is None:
+        return []
+    # SQLAlchemy 2.1 has a public name for this, 2.0 has not.
+    connections = {connection for connection, *_ in transaction._connections.values()}
+    return [c for c in connections if not (c.closed or c.invalidated)]
+
+
+def _transaction_of(session: AsyncSession) -> SessionTransaction | None:
+    sync_session = getattr(session, "sync_session", None)
+    return sync_session.get_transaction() if isinstance(sync_session, Session) else None
+
+
+class _Guard:
+    """Watches the connections of one engine.
+
+    Attributes:
+        retired: Whether a connection that comes back is closed.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.retired = False
+        self._do_commit = engine.dialect.do_commit
+        event.listen(engine.pool, "checkin", self._on_checkin)
+        if isinstance(engine.dialect, PGDialect):
+            event.listen(engine, "handle_error", self._on_error)
+            # Not the event "commit": that would make every statement of the engine dearer.
+            engine.dialect.do_commit = self._check_and_commit  # type: ignore[method-assign]
+
+    def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        entry.info.pop(_FAILED, None)
+        # A driver other than asyncpg has neither name.
+        driver = entry.driver_connection
+        is_in_transaction = getattr(driver, "is_in_transaction", bool)
+        # asyncpg never forgets a transaction whose BEGIN failed, as a SERIALIZABLE one does on a
+        # hot standby: each later one on that connection would be a SAVEPOINT, and fail.
+        if is_in_transaction() or getattr(driver, "_top_xact", None) is not None:
+            entry.invalidate()
+        elif self.retired:
+            entry.close()
+
+    def _on_error(self, context: ExceptionContext) -> None:
+        connection, error = context.connection, context.original_exception
+        if connection is None or context.is_disconnect or not _is_from_server(error):
+            return
+        if getattr(connection.connection.dbapi_connection, "autocommit", False):
+            return
+        known = connection.info.get(_FAILED)
+        if known is None or not known[0].is_active:
+            failed = connection.get_nested_transaction() or connection.get_transaction()
+            connection.info[_FAILED] = failed, error
+
+    def _check_and_commit(self, connection: PoolProxiedConnection) -> None:
+        failed, error = getattr(connection, "info", {}).get(_FAILED, (None, None))
+        if failed is not None and failed.is_active:
+            raise PendingRollbackError(
+                "A statement of this transaction has failed, and PostgreSQL would answer its "
+                "COMMIT with a ROLLBACK: nothing of it would be stored. Roll back; or run a "
+                "statement that may fail in 'async with session.begin_nested():'."
+            ) from error
+        self._do_commit(connection)
+
+
+def _is_from_server(error: BaseException) -> bool:
+    # asyncpg, whose errors SQLAlchemy wraps, has an SQLSTATE also for values that it refuses to
+    # send. Only what the server says has a severity; psycopg keeps it in `diag`.
+    original = error.__cause__ or error
+    return bool(
+        getattr(original, "severity", None)
+        or getattr(getattr(original, "diag", None), "severity", None)
+    )
+
+
+_guards: WeakKeyDictionary[Engine, _Guard] = WeakKeyDictionary()

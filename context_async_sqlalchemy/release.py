@@ -1,0 +1,102 @@
+"""Rolling back and closing sessions: whatever happens, their connections come home."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from context_async_sqlalchemy.exceptions import ContextClosedError
+from context_async_sqlalchemy.guards import connections_of, is_in_use
+from context_async_sqlalchemy.shield import logger, run_to_completion
+
+
+def is_in_transaction(session: AsyncSession) -> bool:
+    """Return whether a transaction is open on `session`."""
+    answer: object = session.in_transaction()
+    if inspect.iscoroutine(answer):  # of a mock of which every method is a coroutine function
+        answer.close()
+    return bool(answer)
+
+
+async def rollback_sessions(sessions: list[AsyncSession]) -> None:
+    """Roll back all of `sessions`, even under cancellation and when one of them fails."""
+    if sessions:
+        await run_to_completion(_rollback_each(sessions))
+
+
+async def close_sessions(sessions: list[AsyncSession]) -> None:
+    """Close all of `sessions`, even under cancellation and when one of them fails to close.
+
+    An error is logged: there is nothing left to save.
+    """
+    if any(is_in_transaction(session) for session in sessions):
+        await run_to_completion(_close_each(sessions))
+    else:
+        # Nothing is sent to a server then, so that nothing can be torn: spare the task.
+        await _close_each(sessions)
+
+
+async def wait_until_idle(sessions: list[AsyncSession]) -> None:
+    """Wait until no task is inside a statement of one of `sessions`."""
+    while any(map(is_in_use, sessions)):  # noqa: ASYNC110  # SQLAlchemy has no event for it
+        await asyncio.sleep(0.001)
+
+
+def refuse_further_use(session: AsyncSession) -> None:
+    """Let every later statement of `session` raise `ContextClosedError`."""
+    # Session.get_bind() is what every statement asks first, and is made to be overridden. Whoever
+    # kept the session would otherwise take a connection that nobody returns.
+    sync_session = getattr(session, "sync_session", None)
+    if isinstance(sync_session, Session):
+        sync_session.get_bind = _refuse_statement  # type: ignore[method-assign]
+
+
+async def _rollback_each(sessions: list[AsyncSession]) -> None:
+    for session in sessions:
+        await _release(session, session.rollback, "roll back")
+
+
+async def _close_each(sessions: list[AsyncSession]) -> None:
+    for session in sessions:
+        await _release(session, session.close, "close")
+
+
+async def _release(session: AsyncSession, method: Callable[[], Awaitable[None]], what: str) -> None:
+    connections = connections_of(session)
+    try:
+        await (session.invalidate if is_in_use(session) else method)()
+    except Exception:
+        logger.exception("A database session failed to %s; its connection is discarded", what)
+        await _discard(session, connections)
+
+
+async def _discard(session: AsyncSession, connections: list[Connection]) -> None:
+    try:
+        await session.invalidate()
+        for connection in connections:
+            # SQLAlchemy loses the connection of a session if the ROLLBACK in its close() fails.
+            if not connection.closed:
+                connection.invalidate()
+                connection.close()
+    except Exception:
+        sync_session = getattr(session, "sync_session", None)
+        if isinstance(sync_session, Session):
+            # A task is taking a connection, and SQLAlchemy lets nobody else in meanwhile.
+            event.listen(sync_session, "after_begin", _refuse_connection)
+        else:
+            logger.exception("The connection of a database session could not be discarded")
+
+
+def _refuse_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    connection.invalidate()
+    raise ContextClosedError
+
+
+def _refuse_statement(*_: Any, **__: Any) -> NoReturn:
+    raise ContextClosedError

@@ -1,0 +1,32 @@
+"""Work that a cancellation does not tear apart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+logger = logging.getLogger("context_async_sqlalchemy")
+
+
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
+
+    asyncio cancels once; an anyio cancel scope cancels again at every await. The cancellation is
+    raised when the work has ended; an error of the work is logged then.
+    """
+    task = asyncio.create_task(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as cancelled:
+            cancellation = cancelled
+    if cancellation is None:
+        return task.result()
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("Database work failed after its task was cancelled", exc_info=error)
+    raise cancellation
