@@ -88,7 +88,7 @@ class Database:
     async def states(self) -> list[str]:
         """Return what the server says of every other connection that is not idle."""
         rows = await self._connection.fetch(
-            "SELECT state FROM pg_stat_activity WHERE datname = current_database()"
+            "SELECT state || ': ' || query AS state FROM pg_stat_activity WHERE datname = current_database()"
             " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
         )
         return [r["state"] for r in rows]

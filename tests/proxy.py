@@ -93,6 +93,7 @@ class _Connection:
         self._statements: dict[bytes, str] = {}
         self._lost_after: tuple[bytes, ...] = ()
         self._swallows = False
+        self._is_set_up = False
 
     async def run(self, host: str, port: int) -> None:
         startup = await self._read_startup()
@@ -128,8 +129,12 @@ class _Connection:
             statement = self._statement_of(kind, message) or statement
             if kind not in _ENDS_OF_BATCH:
                 continue
+            # Some versions of asyncpg ask for types as they connect. SQLAlchemy leaves a connection
+            # on which that fails to the garbage collector; nobody else gets to see it.
+            self._is_set_up = self._is_set_up or statement.startswith("BEGIN")
             # A Sync by itself only ends what failed before it.
-            is_call = kind in (b"Q", b"H") or (kind == b"S" and len(batch) > len(message))
+            is_sync = kind == b"S" and len(batch) == len(message)
+            is_call = self._is_set_up and kind != b"X" and not is_sync
             fault = await self._decide(Call(statement, self._pid)) if is_call else None
             if fault is Fault.LOST_BEFORE:
                 return

@@ -191,6 +191,37 @@ async def test_a_commit_of_several_databases_is_not_torn_by_a_cancellation() -> 
     second.commit.assert_awaited_once_with()
 
 
+async def test_a_rollback_runs_to_completion_however_often_it_is_cancelled() -> None:
+    rolling_back, release = asyncio.Event(), asyncio.Event()
+    first, second = session_mock(in_transaction=True), session_mock(in_transaction=True)
+
+    async def rollback_first() -> None:
+        rolling_back.set()
+        await release.wait()
+
+    first.rollback.side_effect = rollback_first
+
+    async def unit_of_work() -> None:
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect_mock("a"), first)
+            put_db_session_to_context(connect_mock("b"), second)
+            try:
+                await rollback_all_sessions()
+            finally:
+                rolled_back.append(second.rollback.await_count)
+
+    rolled_back: list[int] = []
+    task = asyncio.create_task(unit_of_work())
+    await rolling_back.wait()
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert rolled_back == [1]
+
+
 async def test_an_error_while_rolling_back_is_logged_and_hides_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -46,19 +46,18 @@ async def outcome(awaitable: Awaitable[Any]) -> BaseException | None:
 
 async def statement_is_running(database: Database) -> None:
     async with asyncio.timeout(10):
-        while "active" not in await database.states():
+        while not any(state.startswith("active") for state in await database.states()):
             await asyncio.sleep(0)
 
 
-async def is_clean(connect: DBConnect, database: Database) -> bool:
-    """Return whether the pool is whole, and nothing is in a transaction or a statement."""
+async def assert_clean(connect: DBConnect, database: Database) -> None:
+    """Check that the pool is whole, and that nothing is in a transaction or a statement."""
     # The server notices a connection that was cut a moment later.
     with suppress(TimeoutError):
         async with asyncio.timeout(10):
             while connections_out(connect) or await database.states():
                 await asyncio.sleep(0)
-            return True
-    return False
+    assert (connections_out(connect), await database.states()) == (0, [])
 
 
 def app_with_child(
@@ -106,7 +105,7 @@ async def test_a_child_task_inside_a_statement_when_its_context_is_settled(
     if status == 200 or late:
         assert HINT in told(error)
     assert await outcome(tasks[0]) is not None
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     assert await database.names() == (["a"] if write_first and late and status == 200 else [])
     await call(app_of(lambda _: add_ok(connect)))
     assert "after" in await database.names()
@@ -141,7 +140,7 @@ async def test_a_child_task_that_is_taking_a_connection_when_its_context_ends(
     if status == 200:
         assert HINT in told(error)
     assert isinstance(await outcome(tasks[0]), ContextClosedError)
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     assert await database.names() == []
 
 
@@ -155,7 +154,7 @@ async def test_two_tasks_that_use_one_session_at_once_are_told_what_to_do(
     error = await outcome(call(app_of(handler)))
 
     assert HINT in told(error)
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     assert await database.names() == []
 
 
@@ -182,7 +181,7 @@ async def test_a_session_kept_after_its_request_is_refused(
     with pytest.raises(ContextClosedError, match=HINT):
         await session.commit()
     await session.close()
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     assert await database.names() == ["a"]
 
 
@@ -205,7 +204,7 @@ async def test_a_block_that_ends_in_another_task_is_closed_with_an_error(
 
     assert isinstance(error, RuntimeError)
     assert "opened in another task" in str(error)
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     with pytest.raises(ContextClosedError):
         await db_session(connect)
 
@@ -225,7 +224,7 @@ async def test_a_context_opened_by_hand_and_never_ended_is_ended_with_its_reques
     await call(app_of(handler))
 
     assert "reset_db_session_ctx" in caplog.text
-    assert await is_clean(connect, database)
+    await assert_clean(connect, database)
     assert await database.names() == []
 
 
