@@ -39,6 +39,14 @@ def pytest_unconfigure() -> None:
     _resources.close()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # A test says in its teardown how many points it has tried.
+    reports = [r for r in terminalreporter.stats.get("", []) if r.when == "teardown"]
+    points = sum(dict(report.user_properties).get("fault points", 0) for report in reports)
+    if points:
+        terminalreporter.write_line(f"fault injection: {points} points tried")
+
+
 @pytest.fixture(scope="session")
 def database_url(worker_id: str) -> Generator[URL]:
     """Return the URL of a database of this worker's own."""
@@ -88,7 +96,8 @@ class Database:
     async def states(self) -> list[str]:
         """Return what the server says of every other connection that is not idle."""
         rows = await self._connection.fetch(
-            "SELECT state || ': ' || query AS state FROM pg_stat_activity WHERE datname = current_database()"
+            "SELECT state || ': ' || query AS state FROM pg_stat_activity"
+            " WHERE datname = current_database()"
             " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
         )
         return [r["state"] for r in rows]

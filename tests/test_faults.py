@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ import pytest
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
 from sqlalchemy import URL
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,
@@ -28,6 +34,8 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.asgi_utils import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
+from examples.serving import serve
 from tests.conftest import Database, make_connect
 from tests.proxy import TASK_NAME, Call, Fault, proxy
 from tests.test_asgi_utils import add, respond
@@ -176,6 +184,26 @@ SCENARIOS["yield_dependency"] = Scenario(
     make_fastapi_app, Rows(promised={"a", "b"}, together=[{"a", "b"}])
 )
 
+
+def make_starlette_app(connect: DBConnect, _: DBConnect) -> Starlette:
+    async def endpoint(__: Request) -> StreamingResponse:
+        async def body() -> AsyncGenerator[str]:
+            for name in "bc":
+                await add(connect, name)
+                yield name
+
+        await add(connect, "a")
+        return StreamingResponse(body(), background=BackgroundTask(add, connect, "d"))
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    add_starlette_http_db_session_middleware(app)
+    return app
+
+
+SCENARIOS["streaming_response"] = Scenario(
+    make_starlette_app, Rows(promised={"a"}, promised_by_body={"b", "c"})
+)
+
 every_scenario = pytest.mark.parametrize("name", SCENARIOS)
 
 
@@ -310,9 +338,7 @@ async def test_every_round_trip_fails_in_its_turn(
     bench: Bench, name: str, fault: Fault | str
 ) -> None:
     scenario = SCENARIOS[name]
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1):
         async with bench.connects() as connects:
             tasks = asyncio.all_tasks()
             bench.fault = (number, fault)
@@ -359,10 +385,8 @@ async def test_a_request_is_cancelled_at_every_suspension(
     bench: Bench, name: str, kind: str
 ) -> None:
     scenario = SCENARIOS[name]
-    number = 0
     async with bench.connects() as connects:
-        while True:
-            number += 1
+        for number in itertools.count(1):
             tasks = asyncio.all_tasks()
             sent: list[Message] = []
             suspensions = await cancel_at(number, run(scenario.make_app(*connects), sent), kind)
@@ -393,3 +417,59 @@ async def cancel_at(number: int, work: Any, kind: str) -> int:
     if not task.cancelled():
         task.exception()
     return steps.suspensions
+
+
+@every_scenario
+async def test_a_client_hangs_up_at_every_step(bench: Bench, name: str) -> None:
+    scenario = SCENARIOS[name]
+    async with bench.connects() as connects:
+        app = scenario.make_app(*connects)
+        sent: list[Message] = []
+        ended = asyncio.Event()
+
+        async def recorded(scope: Scope, receive: Receive, send: Send) -> None:
+            async def record(message: Message) -> None:
+                sent.append(message)
+                await send(message)
+
+            try:
+                await app(scope, receive, record)
+            finally:
+                ended.set()
+
+        async with serve(recorded, lifespan="off", log_level="critical") as port:
+            for request in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n"):
+                tasks = asyncio.all_tasks()
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(request)
+                writer.transport.abort()
+                await bench.check(scenario, connects, sent, tasks)
+            for number in itertools.count():
+                sent.clear()
+                ended.clear()
+                tasks = asyncio.all_tasks()
+                await hang_up_at(number, port, bench)
+                async with asyncio.timeout(10):
+                    await ended.wait()
+                calls = len(bench.calls)
+                await bench.check(scenario, connects, sent, tasks)
+                if calls < number:
+                    break
+
+
+async def hang_up_at(number: int, port: int, bench: Bench) -> None:
+    """Send a request, and hang up at a round trip to the database; 0: before the first."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    def hang_up(call: int) -> None:
+        if call == number:
+            writer.transport.abort()
+
+    bench.at_call = hang_up
+    writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    if number == 0:
+        await writer.drain()
+        writer.transport.abort()
+    with suppress(OSError):
+        await reader.read()
+    writer.transport.abort()
