@@ -97,11 +97,11 @@ class _Connection:
 
     async def run(self, host: str, port: int) -> None:
         startup = await self._read_startup()
-        code = struct.unpack("!I", startup[4:8])[0]
-        if code == _SSL_REQUEST:
+        if _code_of(startup) == _SSL_REQUEST:
             self._client_writer.write(b"N")
             startup = await self._read_startup()
-        elif code != _CANCEL_REQUEST and await self._decide(Call("connect", 0)) is not None:
+        is_cancel = _code_of(startup) == _CANCEL_REQUEST
+        if not is_cancel and await self._decide(Call("connect", 0)) is not None:
             return
         server_reader, server_writer = await asyncio.open_connection(host, port)
         server_writer.write(startup)
@@ -188,6 +188,11 @@ class _Connection:
             rollback = b"ROLLBACK\0"
             server.write(b"Q" + struct.pack("!I", len(rollback) + 4) + rollback)
         self._client_writer.write(b"Z" + struct.pack("!I", 5) + status)
+
+
+def _code_of(startup: bytes) -> int:
+    code: int = struct.unpack("!I", startup[4:8])[0]
+    return code
 
 
 async def _read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:

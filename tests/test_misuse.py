@@ -56,7 +56,8 @@ async def assert_clean(connect: DBConnect, database: Database) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(10):
             while connections_out(connect) or await database.states():
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
+            return
     assert (connections_out(connect), await database.states()) == (0, [])
 
 
