@@ -89,7 +89,7 @@ class DBConnect:
             ValueError: If `host` is empty.
         """
         _check_host(host)
-        retired = self._live_engine()
+        retired = self._engine_to_retire()
         self._open(host)
         # A creator may keep its engines, and return the one in use.
         if retired is not None and retired is not self._engine:
@@ -132,7 +132,7 @@ class DBConnect:
         """
         if self._before_create_session_handler is not None:
             await self._before_create_session_handler(self)
-        if self._session_maker is not None and self._live_engine() is not None:
+        if self._session_maker is not None and not self._is_of_another_loop():
             return self._session_maker
         if self._host is None:
             raise ValueError("host is not set")
@@ -140,7 +140,7 @@ class DBConnect:
 
     async def close(self) -> None:
         """Dispose of the engine, if there is one. A session asked for later makes a new one."""
-        retired = self._live_engine()
+        retired = self._engine_to_retire()
         self._engine = self._session_maker = self._loop = None
         if retired is not None:
             await run_to_completion(retire(retired))
@@ -156,10 +156,13 @@ class DBConnect:
         self._engine, self._session_maker = engine, session_maker
         return session_maker
 
-    def _live_engine(self) -> AsyncEngine | None:
+    def _engine_to_retire(self) -> AsyncEngine | None:
         # The connections of another loop's engine cannot be used here, nor closed: asyncpg would
         # wait on a loop that does not run. Such an engine is only dropped.
-        return self._engine if self._loop is asyncio.get_running_loop() else None
+        return None if self._is_of_another_loop() else self._engine
+
+    def _is_of_another_loop(self) -> bool:
+        return self._loop is not None and self._loop is not asyncio.get_running_loop()
 
 
 def _check_host(host: str) -> None:

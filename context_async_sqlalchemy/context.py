@@ -25,6 +25,7 @@ class DBSessionContext:
         by_key: The session that `db_session` returns for each connect, by `context_key`.
         sessions: Every session to settle and to close, in the order they were made. One that was
             closed or replaced by hand stays here: somebody may still hold it and use it.
+        made: Those of them that `db_session` made, and nobody but the context owns.
         locks: What makes the creation of a connect's session single-flight, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
@@ -37,6 +38,7 @@ class DBSessionContext:
         "closed",
         "is_test",
         "locks",
+        "made",
         "sessions",
         "settles_late",
         "token",
@@ -45,6 +47,7 @@ class DBSessionContext:
     def __init__(self) -> None:
         self.by_key: dict[str, AsyncSession] = {}
         self.sessions: list[AsyncSession] = []
+        self.made: list[AsyncSession] = []
         self.locks: dict[str, asyncio.Lock] = {}
         self.is_test = False
         self.closed = False
@@ -62,6 +65,8 @@ class DBSessionContext:
         session = self.by_key.pop(context_key, None)
         if session is not None and session not in self.by_key.values():
             self.sessions.remove(session)
+            if session in self.made:
+                self.made.remove(session)
         return session
 
     def in_transaction(self) -> list[AsyncSession]:
@@ -88,7 +93,7 @@ class DBSessionContext:
             sessions, self.sessions = self.sessions, []
             self.by_key.clear()
             if with_close and sessions:
-                for session in sessions:
+                for session in self.made:
                     refuse_further_use(session)
                 await close_sessions(sessions)
 

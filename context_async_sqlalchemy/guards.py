@@ -30,8 +30,9 @@ async def retire(engine: AsyncEngine) -> None:
     """Close the connections of an engine: the idle ones now, the others as they come back."""
     # dispose() closes idle connections only. One that a session still holds would go back to a
     # pool that nobody uses any more, and stay open there.
-    if isinstance(getattr(engine, "sync_engine", None), Engine):
-        _guards[engine.sync_engine].retired = True
+    sync_engine = getattr(engine, "sync_engine", None)
+    if isinstance(sync_engine, Engine) and sync_engine in _guards:
+        _guards[sync_engine].retired = True
     await engine.dispose()
 
 

@@ -169,6 +169,7 @@ async def _create_session(context: DBSessionContext, connect: DBConnect) -> Asyn
             await session.close()
             raise ContextClosedError
         context.put(key, session)
+        context.made.append(session)
         return session
 
 

@@ -14,6 +14,7 @@ from context_async_sqlalchemy.context import (
     put_db_session_to_context,
     reset_db_session_ctx,
 )
+from context_async_sqlalchemy.release import close_sessions
 from context_async_sqlalchemy.session import new_non_ctx_session
 
 
@@ -35,17 +36,20 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     The middleware joins it, and leaves settling and closing to the test.
 
     Args:
-        auto_close: Whether to close its sessions at the end, which rolls them back. Default False:
-            whoever put them there closes them, as `put_savepoint_session_in_ctx` does.
+        auto_close: Whether to close, and so roll back, all its sessions at the end. Default False:
+            only those that `db_session` made. Whoever put the others there closes them, as
+            `put_savepoint_session_in_ctx` does.
 
     Raises:
         ContextAlreadyInitiatedError: If a context is open.
     """
     token = init_db_session_ctx()
-    current_context().is_test = True
+    context = current_context()
+    context.is_test = True
     try:
         yield
     finally:
+        await close_sessions(context.made)
         await reset_db_session_ctx(token, with_close=auto_close)
 
 

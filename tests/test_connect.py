@@ -71,6 +71,13 @@ async def test_close_disposes_and_the_next_session_makes_a_new_engine(creators: 
     assert len(creators.engines["a"]) == 2
 
 
+async def test_an_engine_that_was_put_there_by_hand_is_disposed_of(creators: Creators) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    engine = connect._engine = engine_mock()
+    await connect.close()
+    engine.dispose.assert_awaited_once_with()
+
+
 async def test_change_host_puts_the_new_engine_in_place_before_it_retires_the_old_one(
     creators: Creators,
 ) -> None:

@@ -18,6 +18,9 @@ from context_async_sqlalchemy import (
     db_session,
     init_db_session_ctx,
     new_db_session_ctx,
+    new_non_ctx_session,
+    pop_db_session_from_context,
+    put_db_session_to_context,
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.asgi_utils import ASGIApp, Receive, Scope, Send
@@ -192,6 +195,25 @@ async def test_a_session_kept_after_a_block_is_refused(connect: DBConnect) -> No
     with pytest.raises(ContextClosedError, match=HINT):
         await session.execute(text("SELECT 1"))
     assert connections_out(connect) == 0
+
+
+async def test_a_session_that_somebody_else_made_is_theirs_again_after_the_context(
+    connect: DBConnect,
+) -> None:
+    async with new_non_ctx_session(connect) as session:
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect, session)
+        assert await session.scalar(text("SELECT 1")) == 1
+
+
+async def test_a_session_that_was_popped_is_its_takers_after_the_context(
+    connect: DBConnect,
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        assert pop_db_session_from_context(connect) is session
+    assert await session.scalar(text("SELECT 1")) == 1
+    await session.close()
 
 
 async def test_a_block_that_ends_in_another_task_is_closed_with_an_error(

@@ -29,6 +29,7 @@ from context_async_sqlalchemy.test_utils import (
     rollback_session,
     set_test_context,
 )
+from examples.demo import connections_out
 from tests.conftest import Database
 from tests.models import Item
 from tests.test_context import connect_mock
@@ -88,6 +89,13 @@ async def test_a_test_context_closes_its_sessions_only_if_asked_to() -> None:
             put_db_session_to_context(connect_mock(), session)
         assert session.close.await_count == auto_close
     assert not is_context_initiated()
+
+
+async def test_a_test_context_closes_what_db_session_made_in_it(connect: DBConnect) -> None:
+    async with set_test_context():
+        await (await db_session(connect)).execute(select(1))
+        assert connections_out(connect) == 1
+    assert connections_out(connect) == 0
 
 
 async def test_a_test_context_cannot_be_set_twice() -> None:
