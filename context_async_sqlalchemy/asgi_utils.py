@@ -16,6 +16,7 @@ from context_async_sqlalchemy.auto_commit import (
 from context_async_sqlalchemy.context import DBSessionContext, is_test_context, open_context
 from context_async_sqlalchemy.guards import is_in_use
 from context_async_sqlalchemy.release import wait_until_idle
+from context_async_sqlalchemy.shield import logger
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -32,7 +33,8 @@ class ASGIHTTPDBSessionMiddleware:
     The transaction is committed before `http.response.start` is forwarded, or rolled back,
     depending on the status. What the application does after that (a streamed body, a background
     task) is committed before the last part of the body is forwarded, and when it returns. If the
-    application raises, what is open is rolled back. Every session is closed in the end.
+    application raises, or returns before its response is complete, what is open is rolled back.
+    Every session is closed in the end.
 
     WebSockets get no context: they have no moment of success. Open one for each message, with
     `new_db_session_ctx`.
@@ -73,8 +75,7 @@ class ASGIHTTPDBSessionMiddleware:
             await abandon(context, error)
             raise
         else:
-            commit = settling.started and (settling.commit or not context.settles_late)
-            await finish(context, commit=commit, before_commit=self.before_commit)
+            await finish(context, commit=settling.succeeded(), before_commit=self.before_commit)
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
@@ -98,11 +99,12 @@ class _SettlingSend:
 
     Attributes:
         started: Whether a response has started.
+        completed: Whether the last part of its body was sent.
         commit: Whether the status of the response asks for a commit.
         failure: The error of the settling that kept a response from starting.
     """
 
-    __slots__ = ("commit", "context", "failure", "middleware", "send", "started")
+    __slots__ = ("commit", "completed", "context", "failure", "middleware", "send", "started")
 
     def __init__(
         self, middleware: ASGIHTTPDBSessionMiddleware, context: DBSessionContext, send: Send
@@ -111,6 +113,7 @@ class _SettlingSend:
         self.context = context
         self.send = send
         self.started = False
+        self.completed = False
         self.commit = False
         self.failure: Exception | None = None
 
@@ -126,7 +129,18 @@ class _SettlingSend:
         elif self.started and not message.get("more_body", False):
             # Whoever has the whole body shall be able to rely on what it says.
             await self._settle(True)
+            self.completed = True
         await self.send(message)
+
+    def succeeded(self) -> bool:
+        """Return whether to commit what is open when the application has returned."""
+        if self.started and not self.completed and self.context.in_transaction():
+            # Starlette stops the body of a client that hangs up, and returns as if it had ended.
+            logger.warning(
+                "A response was not completed, as when its client hangs up: what was written after "
+                "it had started is rolled back."
+            )
+        return self.completed and (self.commit or not self.context.settles_late)
 
     async def _settle(self, commit: bool) -> None:
         sessions = self.context.sessions

@@ -313,6 +313,21 @@ async def test_a_streamed_body_whose_commit_fails_is_cut_off(
     assert await database.seats() == []
 
 
+async def test_a_response_that_is_not_completed_rolls_back_what_its_body_wrote(
+    connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    @ASGIHTTPDBSessionMiddleware
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await add(connect, "a")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await add(connect, "b")
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    await call(app)
+    assert await database.names() == ["a"]
+    assert "not completed" in caplog.text
+
+
 async def test_commit_rollback_and_close_in_the_middle_of_a_request(
     connect: DBConnect, database: Database
 ) -> None:

@@ -201,7 +201,8 @@ def make_starlette_app(connect: DBConnect, _: DBConnect) -> Starlette:
 
 
 SCENARIOS["streaming_response"] = Scenario(
-    make_starlette_app, Rows(promised={"a"}, promised_by_body={"b", "c"})
+    make_starlette_app,
+    Rows(promised={"a"}, promised_by_body={"b", "c"}, together=[{"b", "c"}]),
 )
 
 every_scenario = pytest.mark.parametrize("name", SCENARIOS)
