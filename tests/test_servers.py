@@ -1,0 +1,99 @@
+"""The promise under the servers that people use, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Generator
+
+import httpx
+import pytest
+import pytest_asyncio
+from sqlalchemy import URL
+
+from tests.conftest import Database
+from tests.servers import SERVERS, running_server
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def port(
+    request: pytest.FixtureRequest, database_url: URL, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[int]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(request.param, database_url, log) as port:
+        yield port
+
+
+@pytest_asyncio.fixture
+async def client(port: int, database: Database) -> AsyncGenerator[httpx.AsyncClient]:
+    """Return a client of the server, and check that its requests leave no transaction open."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+        yield client
+    async with asyncio.timeout(5):
+        while await database.states():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_success_is_committed(client: httpx.AsyncClient, database: Database) -> None:
+    assert (await client.post("/a")).status_code == 201
+    assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("refused", 404), ("raised", 500), ("uncommittable", 500)]
+)
+async def test_what_does_not_succeed_is_rolled_back(
+    client: httpx.AsyncClient, database: Database, ending: str, status: int
+) -> None:
+    assert (await client.post(f"/a/{ending}")).status_code == status
+    assert await database.names() == []
+    assert await database.seats() == []
+
+
+async def test_what_a_streamed_body_writes_is_committed_when_the_body_is_complete(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    response = await client.post("/a/streamed")
+    assert (response.status_code, response.text) == (200, "12")
+    assert await database.names() == ["a", "a 1", "a 2"]
+
+
+async def test_what_a_background_task_writes_is_committed(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    assert (await client.post("/a/background")).status_code == 202
+    assert (await database.names())[0] == "a"
+    async with asyncio.timeout(5):
+        while await database.names() != ["a", "a later"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_hangs_up_leaves_what_it_was_told_and_no_transaction(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    async with client.stream("POST", "/a/endless") as response:
+        assert response.status_code == 200
+        parts = response.aiter_text()  # httpx hangs up when nobody holds it any more
+        assert await anext(parts)
+        assert await database.names() == ["a"]
+    # The server serves on, and the fixture `client` sees the transaction of the body end.
+    assert (await client.post("/b")).status_code == 201
+    assert {"a", "b"} <= set(await database.names())
+
+
+async def test_ten_pipelined_requests_are_ten_transactions(
+    port: int, client: httpx.AsyncClient, database: Database
+) -> None:
+    paths = [f"/{n}" for n in range(10)]
+    paths[3] += "/refused"
+    requests = [f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n" for path in paths]
+    requests[-1] += "Connection: close\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write("".join(f"{request}\r\n" for request in requests).encode())
+    async with asyncio.timeout(10):
+        received = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", received)]
+    assert statuses == [404 if n == 3 else 201 for n in range(10)]
+    assert await database.names() == [str(n) for n in range(10) if n != 3]
