@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP_OPTIONS ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest lint format bench clean
+.PHONY: demo test test-oldest lint format bench soak clean
 
 demo: $(VENV)/.demo  ## the main job, shown; DATABASE_URL=postgresql+asyncpg://… for another server
 	@$(VENV)/bin/python -m examples.demo
@@ -26,6 +26,9 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.test  ## what the middleware costs
 	$(VENV)/bin/python -m benchmarks.no_database
+
+soak: $(VENV)/.test  ## 20,000 requests, after which nothing may have leaked or be lost
+	$(VENV)/bin/python -m tests.soak
 
 clean:
 	rm -rf .venv .venv-oldest
