@@ -76,7 +76,7 @@ async def test_what_a_background_task_writes_is_committed(
     await until_names_are(["a", "a later"], database)
 
 
-async def test_a_client_that_hangs_up_leaves_what_it_was_told_and_no_transaction(
+async def test_what_the_body_of_a_client_that_hangs_up_wrote_is_rolled_back(
     client: httpx.AsyncClient, database: Database
 ) -> None:
     async with client.stream("POST", "/a/endless") as response:
@@ -84,9 +84,11 @@ async def test_a_client_that_hangs_up_leaves_what_it_was_told_and_no_transaction
         parts = response.aiter_text()  # httpx hangs up when nobody holds it any more
         assert await anext(parts)
         assert await database.names() == ["a"]
-    # The server serves on, and the fixture `client` sees the transaction of the body end.
+    async with asyncio.timeout(5):
+        while await database.states():
+            await asyncio.sleep(0.01)
+    assert await database.names() == ["a"]
     assert (await client.post("/b")).status_code == 201
-    assert {"a", "b"} <= set(await database.names())
 
 
 async def test_ten_pipelined_requests_are_ten_transactions(
