@@ -1,0 +1,471 @@
+"""Random programs over the public API, checked against a model of what must be in the database.
+
+`MODEL_EXAMPLES=2000` runs more of them than a test run has time for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, ExitStack, closing, suppress
+from contextvars import Token, copy_context
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Table, event, insert, select
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.schema import CreateTable
+
+from context_async_sqlalchemy import (
+    ContextClosedError,
+    ContextNotInitiatedError,
+    DBConnect,
+    atomic_db_session,
+    auto_commit_by_status_code,
+    close_all_sessions,
+    close_db_session,
+    commit_all_sessions,
+    commit_db_session,
+    db_session,
+    init_db_session_ctx,
+    is_context_initiated,
+    new_db_session_ctx,
+    new_non_ctx_atomic_session,
+    reset_db_session_ctx,
+    rollback_all_sessions,
+    rollback_db_session,
+    run_in_new_ctx,
+)
+from examples.demo import connections_out
+from tests.conftest import make_connect
+from tests.models import Item
+
+DATABASES = range(3)
+MAX_DEPTH = 3
+
+End = Literal["commit", "rollback", "close"]
+END_ONE = {"commit": commit_db_session, "rollback": rollback_db_session, "close": close_db_session}
+END_ALL = {
+    "commit": commit_all_sessions,
+    "rollback": rollback_all_sessions,
+    "close": close_all_sessions,
+}
+
+
+def test_what_is_in_the_database_is_what_a_program_has_committed() -> None:
+    # Not derandomized, as it would be on a CI server: each run tries other programs.
+    examples = int(os.environ.get("MODEL_EXAMPLES", "100"))
+    run_state_machine_as_test(
+        Programs,
+        settings=settings(
+            max_examples=examples, stateful_step_count=40, deadline=None, derandomize=False
+        ),
+    )
+
+
+class StumbleError(Exception):
+    """What a program raises."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A session, and what must be in it.
+
+    Attributes:
+        levels: The names that its transaction has written, and each savepoint in it after that; no
+            level if no transaction is open.
+        unflushed: Whether something was added that no statement has sent yet.
+        connected: Whether it has a connection.
+    """
+
+    database: int
+    session: AsyncSession
+    levels: list[set[str]] = field(default_factory=list)
+    savepoints: list[AsyncSessionTransaction] = field(default_factory=list)
+    unflushed: bool = False
+    connected: bool = False
+
+    def begin(self) -> None:
+        if not self.levels:
+            self.levels.append(set())
+
+    def flush(self) -> None:
+        self.connected |= self.unflushed
+        self.unflushed = False
+
+    def names(self) -> set[str]:
+        return set().union(*self.levels)
+
+    async def write(self, name: str, *, orm: bool = False) -> None:
+        self.begin()
+        self.levels[-1].add(name)
+        if orm:
+            self.session.add(Item(name=name))
+            self.unflushed = True
+        else:
+            await self.session.execute(insert(Item).values(name=name))
+            self.connected = True
+
+
+@dataclass(eq=False)
+class Unit:
+    """A context: how it is ended, the sessions `db_session` returns, and every one it has made."""
+
+    opened: AbstractAsyncContextManager[None] | Token[Any]
+    current: dict[int, Work] = field(default_factory=dict)
+    works: list[Work] = field(default_factory=list)
+
+
+AsyncMethod: TypeAlias = Callable[..., Coroutine[Any, Any, None]]
+
+
+def step(**arguments: Any) -> Callable[[AsyncMethod], Callable[..., None]]:
+    """Make an async method a rule. All of them run with one `contextvars.Context`."""
+
+    def decorate(method: AsyncMethod) -> Callable[..., None]:
+        @functools.wraps(method)
+        def run(self: Programs, *args: Any, **kwargs: Any) -> None:
+            self.runner.run(method(self, *args, **kwargs), context=self.context)
+
+        decorated: Callable[..., None] = cast("Any", rule)(**arguments)(run)
+        return decorated
+
+    return decorate
+
+
+def one_of(choices: Callable[[Programs], list[int]]) -> st.SearchStrategy[int]:
+    """Choose among what the state of the machine offers."""
+    return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
+
+
+class Programs(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cleanup = ExitStack()
+        directory = Path(self.cleanup.enter_context(tempfile.TemporaryDirectory()))
+        self.runner = self.cleanup.enter_context(asyncio.Runner())
+        self.context = copy_context()
+        files = [directory / f"{database}.db" for database in DATABASES]
+        self.observers = [self.cleanup.enter_context(closing(sqlite3.connect(f))) for f in files]
+        for observer in self.observers:
+            observer.execute(str(CreateTable(cast("Table", Item.__table__))))
+        self.connects = [self.runner.run(open_connect(file)) for file in files]
+
+        self.stack: list[Unit] = []
+        self.ended: list[Work] = []
+        self.committed: list[set[str]] = [set() for _ in DATABASES]
+        self.numbers = map(str, itertools.count(1))
+
+    @property
+    def top(self) -> Unit:
+        return self.stack[-1]
+
+    def working(self) -> list[Work]:
+        return [work for unit in self.stack for work in unit.works if work.levels]
+
+    # A SQLite file has one writer at a time: a second one would wait for it in vain.
+
+    def free(self) -> list[int]:
+        """The databases on which no transaction is open."""
+        taken = {work.database for work in self.working()}
+        return [database for database in DATABASES if database not in taken]
+
+    def usable(self) -> list[int]:
+        """The databases on which at most the context's own session has a transaction."""
+        if not self.stack:
+            return []
+        own = {work.database for work in self.top.current.values() if work.levels}
+        return [database for database in DATABASES if database in own or database in self.free()]
+
+    def held(self) -> list[int]:
+        """The sessions that were closed by hand and may be used all the same, by their number."""
+        if not self.stack:
+            return []
+        free, current = self.free(), self.top.current.values()
+        held = [(n, work) for n, work in enumerate(self.top.works) if work not in current]
+        return [n for n, work in held if work.levels or work.database in free]
+
+    def in_savepoint(self) -> list[int]:
+        current = self.top.current.values() if self.stack else ()
+        return [work.database for work in current if work.savepoints]
+
+    def duplicable(self) -> list[int]:
+        return [database for database in self.usable() if self.committed[database]]
+
+    async def work_on(self, database: int) -> Work:
+        """Ask for the session of the context: the one there is, or a new one."""
+        session = await db_session(self.connects[database])
+        work = self.top.current.get(database)
+        if work is None:
+            known = [work for unit in self.stack for work in unit.works] + self.ended
+            assert session not in [work.session for work in known]
+            work = self.top.current[database] = Work(database, session)
+            self.top.works.append(work)
+        assert session is work.session
+        return work
+
+    def settle(self, work: Work, *, commit: bool) -> None:
+        if commit:
+            self.committed[work.database] |= work.names()
+        work.levels.clear()
+        work.savepoints.clear()
+        work.unflushed = work.connected = False
+
+    def settle_all(self, unit: Unit, *, commit: bool) -> None:
+        for work in unit.works:
+            self.settle(work, commit=commit)
+
+    async def end(self, unit: Unit, *, fails: bool) -> None:
+        """End a context, and with it those that were opened in it and forgotten."""
+        error = StumbleError()
+        if isinstance(unit.opened, Token):
+            await reset_db_session_ctx(unit.opened)
+        elif fails:
+            assert not await unit.opened.__aexit__(StumbleError, error, None)
+        else:
+            await unit.opened.__aexit__(None, None, None)
+        commit = not (fails or isinstance(unit.opened, Token))
+        while (inner := self.stack.pop()) is not unit:
+            self.settle_all(inner, commit=False)
+            self.ended += inner.works
+        self.settle_all(unit, commit=commit)
+        self.ended += unit.works
+
+    # Contexts
+
+    @initialize(by_hand=st.booleans())
+    def open_first_context(self, by_hand: bool) -> None:
+        # Without it most programs would never have one: Hypothesis lets each do without some rules.
+        self.open_context(by_hand)
+
+    @precondition(lambda self: len(self.stack) < MAX_DEPTH)
+    @step(by_hand=st.booleans())
+    async def open_context(self, by_hand: bool) -> None:
+        if by_hand:
+            self.stack.append(Unit(init_db_session_ctx(force=True)))
+        else:
+            manager = new_db_session_ctx()
+            await manager.__aenter__()
+            self.stack.append(Unit(manager))
+
+    @precondition(lambda self: self.stack)
+    @step(fails=st.booleans())
+    async def end_context(self, fails: bool) -> None:
+        await self.end(self.top, fails=fails)
+        if not self.stack:
+            with pytest.raises(ContextNotInitiatedError):
+                await db_session(self.connects[0])
+
+    @precondition(
+        lambda self: [isinstance(unit.opened, Token) for unit in self.stack[-2:]] == [False, True]
+    )
+    @step(fails=st.booleans())
+    async def forget_to_end_the_inner_context(self, fails: bool) -> None:
+        await self.end(self.stack[-2], fails=fails)
+
+    @precondition(lambda self: any(isinstance(unit.opened, Token) for unit in self.stack[:-1]))
+    @step()
+    async def end_an_outer_context_first(self) -> None:
+        token = next(unit.opened for unit in self.stack[:-1] if isinstance(unit.opened, Token))
+        with pytest.raises(ValueError, match="end an inner context before"):
+            await reset_db_session_ctx(token)
+
+    @precondition(lambda self: self.ended)
+    @step()
+    async def write_after_the_end(self) -> None:
+        with pytest.raises(ContextClosedError):
+            await self.ended[-1].session.execute(insert(Item).values(name=next(self.numbers)))
+
+    @precondition(lambda self: self.free())
+    @step(database=one_of(lambda self: self.free()), fails=st.booleans())
+    async def call_in_a_new_context(self, database: int, fails: bool) -> None:
+        async def write(name: str) -> None:
+            session = await db_session(self.connects[database])
+            session.add(Item(name=name))
+            await session.flush()
+            if fails:
+                raise StumbleError
+
+        name = next(self.numbers)
+        if fails:
+            with pytest.raises(StumbleError):
+                await run_in_new_ctx(write, name)
+        else:
+            await run_in_new_ctx(write, name)
+            self.committed[database].add(name)
+
+    @precondition(lambda self: self.free())
+    @step(database=one_of(lambda self: self.free()), fails=st.booleans())
+    async def write_in_no_context(self, database: int, fails: bool) -> None:
+        name = next(self.numbers)
+        with suppress(StumbleError):
+            async with new_non_ctx_atomic_session(self.connects[database]) as session:
+                await session.execute(insert(Item).values(name=name))
+                if fails:
+                    raise StumbleError
+            self.committed[database].add(name)
+
+    # The session of a context
+
+    @precondition(lambda self: self.usable())
+    @step(database=one_of(lambda self: self.usable()), orm=st.booleans())
+    async def write(self, database: int, orm: bool) -> None:
+        await (await self.work_on(database)).write(next(self.numbers), orm=orm)
+
+    @precondition(lambda self: self.held())
+    @step(number=one_of(lambda self: self.held()), orm=st.booleans())
+    async def write_after_closing(self, number: int, orm: bool) -> None:
+        await self.top.works[number].write(next(self.numbers), orm=orm)
+
+    @precondition(lambda self: self.usable())
+    @step(database=one_of(lambda self: self.usable()))
+    async def read(self, database: int) -> None:
+        work = await self.work_on(database)
+        names = set(await work.session.scalars(select(Item.name)))
+        work.begin()
+        work.connected, work.unflushed = True, False
+        assert names == self.committed[database] | work.names()
+
+    @precondition(lambda self: self.usable())
+    @step(database=one_of(lambda self: self.usable()))
+    async def begin_savepoint(self, database: int) -> None:
+        work = await self.work_on(database)
+        work.savepoints.append(await work.session.begin_nested())
+        work.begin()
+        work.flush()
+        work.levels.append(set())
+
+    @precondition(lambda self: self.in_savepoint())
+    @step(database=one_of(lambda self: self.in_savepoint()), fails=st.booleans())
+    async def end_savepoint(self, database: int, fails: bool) -> None:
+        work = self.top.current[database]
+        names, savepoint = work.levels.pop(), work.savepoints.pop()
+        if fails:
+            await savepoint.rollback()
+            work.unflushed = False
+        else:
+            await savepoint.commit()
+            work.levels[-1] |= names
+            work.flush()
+
+    @precondition(lambda self: self.stack)
+    @step(database=st.sampled_from(DATABASES), how=st.sampled_from(["commit", "rollback", "close"]))
+    async def end_transaction(self, database: int, how: End) -> None:
+        await END_ONE[how](self.connects[database])
+        if (work := self.top.current.get(database)) is not None:
+            self.settle(work, commit=how == "commit")
+        if how == "close":
+            self.top.current.pop(database, None)
+
+    @precondition(lambda self: self.stack)
+    @step(how=st.sampled_from(["commit", "rollback", "close"]))
+    async def end_all_transactions(self, how: End) -> None:
+        await END_ALL[how]()
+        self.settle_all(self.top, commit=how == "commit")
+        if how == "close":
+            self.top.current.clear()
+
+    @precondition(lambda self: self.stack)
+    @step(status=st.sampled_from([200, 399, 400, 500]))
+    async def respond(self, status: int) -> None:
+        await auto_commit_by_status_code(status)
+        self.settle_all(self.top, commit=status < 400)
+
+    @precondition(lambda self: self.duplicable())
+    @step(database=one_of(lambda self: self.duplicable()))
+    async def fail_to_commit(self, database: int) -> None:
+        session = (await self.work_on(database)).session
+        session.add(Item(name=min(self.committed[database])))
+        with pytest.raises(IntegrityError):
+            await commit_all_sessions()
+        self.settle_all(self.top, commit=False)
+
+    @precondition(lambda self: self.usable())
+    @step(
+        database=one_of(lambda self: self.usable()),
+        mode=st.sampled_from(["commit", "rollback", "append", "raise"]),
+        fails=st.booleans(),
+    )
+    async def write_atomically(self, database: int, mode: Any, fails: bool) -> None:
+        work = await self.work_on(database)
+        block = atomic_db_session(self.connects[database], mode)
+        if mode == "raise" and work.levels:
+            with pytest.raises(InvalidRequestError, match="open already"):
+                await block.__aenter__()
+            return
+        if mode != "append":
+            self.settle(work, commit=mode == "commit")
+        with suppress(StumbleError):
+            async with block as session:
+                assert session is work.session
+                await work.write(next(self.numbers), orm=not fails)
+                if fails:
+                    raise StumbleError
+        self.settle(work, commit=not fails)
+
+    # What must be true after each step
+
+    @invariant()
+    def the_committed_names_are_in_the_database(self) -> None:
+        rows = [observer.execute("SELECT name FROM item") for observer in self.observers]
+        assert [{name for (name,) in found} for found in rows] == self.committed
+
+    @invariant()
+    def a_connection_is_held_from_the_first_statement_to_the_end_of_the_transaction(self) -> None:
+        works = [work for unit in self.stack for work in unit.works]
+        assert [w.session.in_transaction() for w in works] == [bool(w.levels) for w in works]
+        held = [w.database for w in works if w.connected]
+        assert list(map(connections_out, self.connects)) == list(map(held.count, DATABASES))
+
+    @invariant()
+    def a_context_is_there_until_the_last_one_has_ended(self) -> None:
+        assert self.context.run(is_context_initiated) == bool(self.stack)
+
+    def teardown(self) -> None:
+        with self.cleanup:
+            self.runner.run(self._end_everything(), context=self.context)
+            self.the_committed_names_are_in_the_database()
+
+    async def _end_everything(self) -> None:
+        try:
+            while self.stack:
+                await self.end(self.top, fails=False)
+            assert list(map(connections_out, self.connects)) == [0 for _ in DATABASES]
+        finally:
+            for connect in self.connects:
+                await connect.close()
+
+
+async def open_connect(file: Path) -> DBConnect:
+    connect = make_connect(f"sqlite+aiosqlite:///{file}")
+    await connect.session_maker()
+    assert connect.engine is not None
+    # https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#serializable-isolation-savepoints-transactional-ddl
+    event.listen(connect.engine.sync_engine, "connect", _prepare)
+    event.listen(connect.engine.sync_engine, "begin", lambda c: c.exec_driver_sql("BEGIN"))
+    return connect
+
+
+def _prepare(connection: Any, _: object) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous = OFF")  # no power fails here, and disks are slow
+    cursor.close()
