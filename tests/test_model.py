@@ -11,7 +11,7 @@ import itertools
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, closing, suppress
 from contextvars import Token, copy_context
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ END_ALL = {
 
 def test_what_is_in_the_database_is_what_a_program_has_committed() -> None:
     # Not derandomized, as it would be on a CI server: each run tries other programs.
-    examples = int(os.environ.get("MODEL_EXAMPLES", "100"))
+    examples = int(os.environ.get("MODEL_EXAMPLES", "60"))
     run_state_machine_as_test(
         Programs,
         settings=settings(
@@ -151,9 +151,16 @@ def step(**arguments: Any) -> Callable[[AsyncMethod], Callable[..., None]]:
     return decorate
 
 
-def one_of(choices: Callable[[Programs], list[int]]) -> st.SearchStrategy[int]:
+def one_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[int]:
     """Choose among what the state of the machine offers."""
     return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
+
+
+def some_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[list[int]]:
+    """Choose one or more of what the state of the machine offers."""
+    return st.runner().flatmap(
+        lambda machine: st.lists(st.sampled_from(choices(machine)), min_size=1, unique=True)
+    )
 
 
 class Programs(RuleBasedStateMachine):
@@ -195,13 +202,10 @@ class Programs(RuleBasedStateMachine):
         own = {work.database for work in self.top.current.values() if work.levels}
         return [database for database in DATABASES if database in own or database in self.free()]
 
-    def held(self) -> list[int]:
-        """The sessions that were closed by hand and may be used all the same, by their number."""
-        if not self.stack:
-            return []
-        free, current = self.free(), self.top.current.values()
-        held = [(n, work) for n, work in enumerate(self.top.works) if work not in current]
-        return [n for n, work in held if work.levels or work.database in free]
+    def closed_by_hand(self, database: int) -> Work | None:
+        """The session that `db_session` does not return any more; it may be used all the same."""
+        closed = [w for w in self.top.works if w not in self.top.current.values()]
+        return next((w for w in reversed(closed) if w.database == database), None)
 
     def in_savepoint(self) -> list[int]:
         current = self.top.current.values() if self.stack else ()
@@ -249,6 +253,24 @@ class Programs(RuleBasedStateMachine):
         self.settle_all(unit, commit=commit)
         self.ended += unit.works
 
+    async def write_to(
+        self, databases: list[int], *, orm: bool = False, closed: bool = False
+    ) -> None:
+        for database in databases:
+            work = self.closed_by_hand(database) if closed and database in self.free() else None
+            await (work or await self.work_on(database)).write(next(self.numbers), orm=orm)
+
+    async def check_that_outer_contexts_cannot_end_first(self) -> None:
+        for unit in self.stack[:-1]:
+            if isinstance(unit.opened, Token):
+                with pytest.raises(ValueError, match="end an inner context before"):
+                    await reset_db_session_ctx(unit.opened)
+
+    async def check_that_ended_sessions_are_refused(self) -> None:
+        for work in self.ended:
+            with pytest.raises(ContextClosedError):
+                await work.session.execute(select(Item.name))
+
     # Contexts
 
     @initialize(by_hand=st.booleans())
@@ -267,73 +289,59 @@ class Programs(RuleBasedStateMachine):
             self.stack.append(Unit(manager))
 
     @precondition(lambda self: self.stack)
-    @step(fails=st.booleans())
-    async def end_context(self, fails: bool) -> None:
-        await self.end(self.top, fails=fails)
+    @step(
+        databases=some_of(lambda _: DATABASES),
+        closed=st.booleans(),
+        fails=st.booleans(),
+        forgets=st.booleans(),
+    )
+    async def end_context(
+        self, databases: list[int], closed: bool, fails: bool, forgets: bool
+    ) -> None:
+        """End a context; or the one around it, if this one was opened by hand."""
+        await self.write_to([d for d in databases if d in self.usable()], closed=closed)
+        await self.check_that_outer_contexts_cannot_end_first()
+        by_hand = [isinstance(unit.opened, Token) for unit in self.stack[-2:]]
+        forgets = forgets and by_hand == [False, True]
+        await self.end(self.stack[-2] if forgets else self.top, fails=fails)
+        await self.check_that_ended_sessions_are_refused()
         if not self.stack:
             with pytest.raises(ContextNotInitiatedError):
                 await db_session(self.connects[0])
 
-    @precondition(
-        lambda self: [isinstance(unit.opened, Token) for unit in self.stack[-2:]] == [False, True]
-    )
-    @step(fails=st.booleans())
-    async def forget_to_end_the_inner_context(self, fails: bool) -> None:
-        await self.end(self.stack[-2], fails=fails)
-
-    @precondition(lambda self: any(isinstance(unit.opened, Token) for unit in self.stack[:-1]))
-    @step()
-    async def end_an_outer_context_first(self) -> None:
-        token = next(unit.opened for unit in self.stack[:-1] if isinstance(unit.opened, Token))
-        with pytest.raises(ValueError, match="end an inner context before"):
-            await reset_db_session_ctx(token)
-
-    @precondition(lambda self: self.ended)
-    @step()
-    async def write_after_the_end(self) -> None:
-        with pytest.raises(ContextClosedError):
-            await self.ended[-1].session.execute(insert(Item).values(name=next(self.numbers)))
-
     @precondition(lambda self: self.free())
-    @step(database=one_of(lambda self: self.free()), fails=st.booleans())
-    async def call_in_a_new_context(self, database: int, fails: bool) -> None:
-        async def write(name: str) -> None:
-            session = await db_session(self.connects[database])
-            session.add(Item(name=name))
-            await session.flush()
+    @step(
+        database=one_of(lambda self: self.free()),
+        fails=st.booleans(),
+        in_context=st.booleans(),
+    )
+    async def write_elsewhere(self, database: int, fails: bool, in_context: bool) -> None:
+        """Write in a new context, or in none."""
+        connect, name = self.connects[database], next(self.numbers)
+
+        async def write(session: AsyncSession) -> None:
+            await session.execute(insert(Item).values(name=name))
             if fails:
                 raise StumbleError
 
-        name = next(self.numbers)
-        if fails:
-            with pytest.raises(StumbleError):
-                await run_in_new_ctx(write, name)
-        else:
-            await run_in_new_ctx(write, name)
-            self.committed[database].add(name)
+        async def write_in_context() -> None:
+            await write(await db_session(connect))
 
-    @precondition(lambda self: self.free())
-    @step(database=one_of(lambda self: self.free()), fails=st.booleans())
-    async def write_in_no_context(self, database: int, fails: bool) -> None:
-        name = next(self.numbers)
         with suppress(StumbleError):
-            async with new_non_ctx_atomic_session(self.connects[database]) as session:
-                await session.execute(insert(Item).values(name=name))
-                if fails:
-                    raise StumbleError
+            if in_context:
+                await run_in_new_ctx(write_in_context)
+            else:
+                async with new_non_ctx_atomic_session(connect) as session:
+                    await write(session)
+            assert not fails
             self.committed[database].add(name)
 
     # The session of a context
 
     @precondition(lambda self: self.usable())
-    @step(database=one_of(lambda self: self.usable()), orm=st.booleans())
-    async def write(self, database: int, orm: bool) -> None:
-        await (await self.work_on(database)).write(next(self.numbers), orm=orm)
-
-    @precondition(lambda self: self.held())
-    @step(number=one_of(lambda self: self.held()), orm=st.booleans())
-    async def write_after_closing(self, number: int, orm: bool) -> None:
-        await self.top.works[number].write(next(self.numbers), orm=orm)
+    @step(databases=some_of(lambda self: self.usable()), orm=st.booleans(), closed=st.booleans())
+    async def write(self, databases: list[int], orm: bool, closed: bool) -> None:
+        await self.write_to(databases, orm=orm, closed=closed)
 
     @precondition(lambda self: self.usable())
     @step(database=one_of(lambda self: self.usable()))
@@ -345,13 +353,14 @@ class Programs(RuleBasedStateMachine):
         assert names == self.committed[database] | work.names()
 
     @precondition(lambda self: self.usable())
-    @step(database=one_of(lambda self: self.usable()))
-    async def begin_savepoint(self, database: int) -> None:
+    @step(database=one_of(lambda self: self.usable()), orm=st.booleans())
+    async def begin_savepoint(self, database: int, orm: bool) -> None:
         work = await self.work_on(database)
         work.savepoints.append(await work.session.begin_nested())
         work.begin()
         work.flush()
         work.levels.append(set())
+        await work.write(next(self.numbers), orm=orm)
 
     @precondition(lambda self: self.in_savepoint())
     @step(database=one_of(lambda self: self.in_savepoint()), fails=st.booleans())
@@ -366,32 +375,47 @@ class Programs(RuleBasedStateMachine):
             work.levels[-1] |= names
             work.flush()
 
-    @precondition(lambda self: self.stack)
-    @step(database=st.sampled_from(DATABASES), how=st.sampled_from(["commit", "rollback", "close"]))
-    async def end_transaction(self, database: int, how: End) -> None:
-        await END_ONE[how](self.connects[database])
-        if (work := self.top.current.get(database)) is not None:
-            self.settle(work, commit=how == "commit")
-        if how == "close":
-            self.top.current.pop(database, None)
+    # Most programs would have nothing to end if these did not write first.
 
-    @precondition(lambda self: self.stack)
-    @step(how=st.sampled_from(["commit", "rollback", "close"]))
-    async def end_all_transactions(self, how: End) -> None:
-        await END_ALL[how]()
-        self.settle_all(self.top, commit=how == "commit")
+    @precondition(lambda self: self.usable())
+    @step(
+        databases=some_of(lambda self: self.usable()),
+        orm=st.booleans(),
+        how=st.sampled_from(["commit", "rollback", "close"]),
+    )
+    async def end_transaction(self, databases: list[int], orm: bool, how: End) -> None:
+        await self.write_to(databases, orm=orm)
+        database = databases[0]
+        await END_ONE[how](self.connects[database])
+        self.settle(self.top.current[database], commit=how == "commit")
+        if how == "close":
+            del self.top.current[database]
+
+    @precondition(lambda self: self.usable())
+    @step(
+        databases=some_of(lambda self: self.usable()),
+        closed=st.booleans(),
+        how=st.sampled_from(["commit", "rollback", "close", 399, 400]),
+    )
+    async def end_all_transactions(
+        self, databases: list[int], closed: bool, how: End | int
+    ) -> None:
+        await self.write_to(databases, closed=closed)
+        if isinstance(how, int):
+            await auto_commit_by_status_code(how)
+        else:
+            await END_ALL[how]()
+        self.settle_all(self.top, commit=how in ("commit", 399))
         if how == "close":
             self.top.current.clear()
 
-    @precondition(lambda self: self.stack)
-    @step(status=st.sampled_from([200, 399, 400, 500]))
-    async def respond(self, status: int) -> None:
-        await auto_commit_by_status_code(status)
-        self.settle_all(self.top, commit=status < 400)
-
     @precondition(lambda self: self.duplicable())
-    @step(database=one_of(lambda self: self.duplicable()))
-    async def fail_to_commit(self, database: int) -> None:
+    @step(
+        database=one_of(lambda self: self.duplicable()),
+        others=some_of(lambda self: self.usable()),
+    )
+    async def fail_to_commit(self, database: int, others: list[int]) -> None:
+        await self.write_to(others)
         session = (await self.work_on(database)).session
         session.add(Item(name=min(self.committed[database])))
         with pytest.raises(IntegrityError):
@@ -403,9 +427,12 @@ class Programs(RuleBasedStateMachine):
         database=one_of(lambda self: self.usable()),
         mode=st.sampled_from(["commit", "rollback", "append", "raise"]),
         fails=st.booleans(),
+        before=st.booleans(),
     )
-    async def write_atomically(self, database: int, mode: Any, fails: bool) -> None:
+    async def write_atomically(self, database: int, mode: Any, fails: bool, before: bool) -> None:
         work = await self.work_on(database)
+        if before:
+            await work.write(next(self.numbers))
         block = atomic_db_session(self.connects[database], mode)
         if mode == "raise" and work.levels:
             with pytest.raises(InvalidRequestError, match="open already"):
@@ -421,34 +448,30 @@ class Programs(RuleBasedStateMachine):
                     raise StumbleError
         self.settle(work, commit=not fails)
 
-    # What must be true after each step
-
     @invariant()
-    def the_committed_names_are_in_the_database(self) -> None:
-        rows = [observer.execute("SELECT name FROM item") for observer in self.observers]
-        assert [{name for (name,) in found} for found in rows] == self.committed
-
-    @invariant()
-    def a_connection_is_held_from_the_first_statement_to_the_end_of_the_transaction(self) -> None:
+    def the_database_and_the_pools_are_as_they_must_be(self) -> None:
+        assert self.rows() == self.committed
         works = [work for unit in self.stack for work in unit.works]
         assert [w.session.in_transaction() for w in works] == [bool(w.levels) for w in works]
+        # A connection is held from the first statement to the end of the transaction.
         held = [w.database for w in works if w.connected]
-        assert list(map(connections_out, self.connects)) == list(map(held.count, DATABASES))
-
-    @invariant()
-    def a_context_is_there_until_the_last_one_has_ended(self) -> None:
+        assert [connections_out(c) for c in self.connects] == [held.count(d) for d in DATABASES]
         assert self.context.run(is_context_initiated) == bool(self.stack)
+
+    def rows(self) -> list[set[str]]:
+        rows = [observer.execute("SELECT name FROM item") for observer in self.observers]
+        return [{name for (name,) in found} for found in rows]
 
     def teardown(self) -> None:
         with self.cleanup:
             self.runner.run(self._end_everything(), context=self.context)
-            self.the_committed_names_are_in_the_database()
+            assert self.rows() == self.committed
 
     async def _end_everything(self) -> None:
         try:
             while self.stack:
                 await self.end(self.top, fails=False)
-            assert list(map(connections_out, self.connects)) == [0 for _ in DATABASES]
+            assert not any(map(connections_out, self.connects))
         finally:
             for connect in self.connects:
                 await connect.close()
@@ -468,4 +491,5 @@ def _prepare(connection: Any, _: object) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous = OFF")  # no power fails here, and disks are slow
+    cursor.execute("PRAGMA busy_timeout = 0")  # nothing may have to wait for a lock
     cursor.close()
