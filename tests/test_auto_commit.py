@@ -366,6 +366,12 @@ async def test_a_connection_lost_before_commit_is_no_unknown_outcome(
             session.add(Seat(number=1))
             await session.flush()
             await database.terminate(await session.scalar(text("SELECT pg_backend_pid()")))
+            raw = await (await session.connection()).get_raw_connection()
+            assert raw.driver_connection is not None
+            async with asyncio.timeout(10):
+                # As long as the driver has not noticed, it would send the COMMIT.
+                while not raw.driver_connection.is_closed():
+                    await asyncio.sleep(0)
     assert await database.seats() == []
     assert connections_out(connect) == 0
 
