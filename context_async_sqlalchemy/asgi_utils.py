@@ -70,7 +70,14 @@ class ASGIHTTPDBSessionMiddleware:
         context = open_request_context(scope)
         settling = _SettlingSend(self, context, send)
         try:
-            await self._respond(scope, receive, settling)
+            try:
+                await self.app(scope, receive, settling)
+            except Exception:
+                if settling.failure is None or settling.started:
+                    raise
+            if settling.failure is not None and not settling.started:
+                # What became of it inside does not matter: the application took it for a success.
+                await self.respond_to_failure(settling.failure, scope, receive, settling)
         except BaseException as error:
             await abandon(context, error)
             raise
@@ -82,16 +89,6 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         """Answer a request whose commit failed with `failure`; here: raise it."""
         raise failure
-
-    async def _respond(self, scope: Scope, receive: Receive, send: _SettlingSend) -> None:
-        try:
-            await self.app(scope, receive, send)
-        except Exception:
-            if send.failure is None or send.started:
-                raise
-        if send.failure is not None and not send.started:
-            # What became of it inside does not matter: the application believed in its success.
-            await self.respond_to_failure(send.failure, scope, receive, send)
 
 
 class _SettlingSend:
@@ -120,15 +117,17 @@ class _SettlingSend:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.commit = self.middleware.commit_on(message["status"])
-            try:
-                await self._settle(self.commit)
-            except Exception as error:
-                self.failure = error
-                raise
+            if self.context.sessions:
+                try:
+                    await self._settle(self.commit)
+                except Exception as error:
+                    self.failure = error
+                    raise
             self.started = True
         elif self.started and not message.get("more_body", False):
-            # Whoever has the whole body shall be able to rely on what it says.
-            await self._settle(True)
+            if self.context.sessions:
+                # Whoever has the whole body shall be able to rely on what it says.
+                await self._settle(True)
             self.completed = True
         await self.send(message)
 
@@ -144,7 +143,7 @@ class _SettlingSend:
 
     async def _settle(self, commit: bool) -> None:
         sessions = self.context.sessions
-        if sessions and not self.context.settles_late:
+        if not self.context.settles_late:
             if any(map(is_in_use, sessions)) and _runs_in_another_task(self.middleware.app):
                 await wait_until_idle(sessions)
             before_commit = self.middleware.before_commit
