@@ -1,5 +1,6 @@
 """Request-scoped sessions for SQLAlchemy's asyncio extension: 2xx means committed."""
 
+from context_async_sqlalchemy.after_commit import on_commit
 from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
@@ -24,6 +25,7 @@ from context_async_sqlalchemy.exceptions import (
     ContextClosedError,
     ContextNotInitiatedError,
 )
+from context_async_sqlalchemy.retry import is_transient_error, retry_on_transient_error
 from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy.session import (
     atomic_db_session,
@@ -54,12 +56,15 @@ __all__ = [
     "get_db_session_from_context",
     "init_db_session_ctx",
     "is_context_initiated",
+    "is_transient_error",
     "new_db_session_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
+    "on_commit",
     "pop_db_session_from_context",
     "put_db_session_to_context",
     "reset_db_session_ctx",
+    "retry_on_transient_error",
     "rollback_all_sessions",
     "rollback_db_session",
     "run_in_new_ctx",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+import sys
+from collections.abc import Callable
+from typing import TypedDict
 
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
     abandon,
@@ -16,13 +18,9 @@ from context_async_sqlalchemy.auto_commit import (
 from context_async_sqlalchemy.context import DBSessionContext, is_test_context, open_context
 from context_async_sqlalchemy.guards import is_in_use
 from context_async_sqlalchemy.release import wait_until_idle
+from context_async_sqlalchemy.replay import ReplayableRequest
+from context_async_sqlalchemy.retry import Retrying, may_be_repeated
 from context_async_sqlalchemy.shield import logger
-
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _SCOPE_KEY = "context_async_sqlalchemy"
 
@@ -39,13 +37,25 @@ class ASGIHTTPDBSessionMiddleware:
     WebSockets get no context: they have no moment of success. Open one for each message, with
     `new_db_session_ctx`.
 
+    With `attempts`, a request that fails with a transient error (`is_transient_error`) before
+    anything was sent is rolled back, and the application called again with the same scope and body,
+    after a pause that `stamina` chooses (install the extra "retry"). It is so even if an exception
+    handler of the application answers the error; that answer is sent if no attempt is left. Not
+    repeated is a request whose body is larger than `replay_body_limit`, whose client has left, of
+    which a part has been committed, or whose COMMIT has an unknown outcome.
+
     Args:
         app: The ASGI application.
         before_commit: Called with each session that is about to be committed. Default None.
         commit_on: Decides by the status of the response whether to commit. Default: below 400.
+        attempts: How often to call the application for a request at most. Default 1.
+        replay_body_limit: How many bytes of a request's body to keep for another attempt. Default
+            1 MiB.
 
     Raises:
-        TypeError: If `before_commit` or `commit_on` is not callable.
+        ImportError: If `attempts` is more than 1 and stamina is not installed.
+        TypeError: If `before_commit` or `commit_on` is not callable, or a number is none.
+        ValueError: If `attempts` is less than 1, or `replay_body_limit` less than 0.
     """
 
     def __init__(
@@ -53,36 +63,84 @@ class ASGIHTTPDBSessionMiddleware:
         app: ASGIApp,
         before_commit: BeforeCommitCallback | None = None,
         commit_on: Callable[[int], bool] = is_success,
+        attempts: int = 1,
+        replay_body_limit: int = 1024 * 1024,
     ) -> None:
         if not (before_commit is None or callable(before_commit)):
             raise TypeError("before_commit must be a function that takes a session")
         if not callable(commit_on) or inspect.iscoroutinefunction(commit_on):
             raise TypeError("commit_on must be a function that takes a status and returns a bool")
+        if replay_body_limit < 0:
+            raise ValueError(f"replay_body_limit must be at least 0, not {replay_body_limit}")
         self.app = app
         self.before_commit = before_commit
         self.commit_on = commit_on
+        self.replay_body_limit = replay_body_limit
+        self._retrying = Retrying(attempts) if attempts != 1 else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or has_context(scope):
             await self.app(scope, receive, send)
             return
 
-        context = open_request_context(scope)
-        settling = _SettlingSend(self, context, send)
+        settling = _SettlingSend(self, open_request_context(scope), send)
         try:
             try:
-                await self.app(scope, receive, settling)
+                if self._retrying is None:
+                    await self.app(scope, receive, settling)
+                else:
+                    await self._try(self._retrying, scope, receive, settling)
             except Exception:
                 if settling.failure is None or settling.started:
                     raise
-            if settling.failure is not None and not settling.started:
+            if settling.held:
+                await settling.forward_held()
+            elif settling.failure is not None and not settling.started:
                 # What became of it inside does not matter: the application took it for a success.
                 await self.respond_to_failure(settling.failure, scope, receive, settling)
         except BaseException as error:
-            await abandon(context, error)
+            await abandon(settling.context, error)
             raise
         else:
-            await finish(context, commit=settling.succeeded(), before_commit=self.before_commit)
+            commit = settling.succeeded()
+            await finish(settling.context, commit=commit, before_commit=self.before_commit)
+
+    async def _try(
+        self, retrying: Retrying, scope: Scope, receive: Receive, settling: _SettlingSend
+    ) -> None:
+        """Call the application until an attempt does not fail, or may not be repeated."""
+        request = ReplayableRequest(scope, receive, self.replay_body_limit)
+        failure: Exception | None = None
+
+        def is_repeatable(error: Exception) -> bool:
+            if settling.sent or not may_be_repeated(error, settling.context):
+                return False
+            if request.obstacle is not None:
+                error.add_note(f"Not tried again: {request.obstacle}.")
+            return request.obstacle is None
+
+        async for attempt in retrying(is_repeatable, type(self).__name__):
+            with attempt:
+                if failure is not None:
+                    if await request.has_ended():
+                        raise failure
+                    await settling.context.end()
+                    request.rewind()
+                    settling.begin(open_request_context(scope))
+                settling.context.watch_commits()
+                settling.is_repeatable = is_repeatable if attempt.num < retrying.attempts else None
+                try:
+                    await self.app(scope, request.receive, settling)
+                except Exception as error:
+                    if settling.started:
+                        raise
+                    failure = settling.failure or error
+                else:
+                    failure = None if settling.started else settling.failure
+                if failure is not None:
+                    # The pause before the next attempt is no time to hold a connection.
+                    await settle(settling.context, commit=False)
+                    raise failure
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
@@ -91,45 +149,92 @@ class ASGIHTTPDBSessionMiddleware:
         raise failure
 
 
+class MiddlewareOptions(TypedDict, total=False):
+    """What `ASGIHTTPDBSessionMiddleware` takes, but for the application and `before_commit`."""
+
+    commit_on: Callable[[int], bool]
+    attempts: int
+    replay_body_limit: int
+
+
 class _SettlingSend:
     """The `send` of a request, which settles its context before the response starts.
 
     Attributes:
+        sent: Whether anything was sent.
         started: Whether a response has started.
         completed: Whether the last part of its body was sent.
         commit: Whether the status of the response asks for a commit.
-        failure: The error of the settling that kept a response from starting.
+        failure: The error that kept a response from starting.
+        is_repeatable: Whether to try again after an error, unless this is the last attempt.
+        held: The answer to such an error, sent if the request is not tried again after all.
     """
 
-    __slots__ = ("commit", "completed", "context", "failure", "middleware", "send", "started")
+    __slots__ = (
+        "commit",
+        "completed",
+        "context",
+        "failure",
+        "held",
+        "is_repeatable",
+        "middleware",
+        "send",
+        "sent",
+        "started",
+    )
 
     def __init__(
         self, middleware: ASGIHTTPDBSessionMiddleware, context: DBSessionContext, send: Send
     ) -> None:
         self.middleware = middleware
-        self.context = context
         self.send = send
+        self.sent = False
         self.started = False
+        self.is_repeatable: Callable[[Exception], bool] | None = None
+        self.begin(context)
+
+    def begin(self, context: DBSessionContext) -> None:
+        """Begin an attempt to answer the request."""
+        self.context = context
         self.completed = False
         self.commit = False
         self.failure: Exception | None = None
+        self.held: list[Message] = []
 
     async def __call__(self, message: Message) -> None:
+        if self.held:
+            self.held.append(message)
+            return
         if message["type"] == "http.response.start":
             self.commit = self.middleware.commit_on(message["status"])
-            if self.context.sessions:
+            if self.context.has_work():
                 try:
                     await self._settle(self.commit)
                 except Exception as error:
                     self.failure = error
                     raise
+            if self.is_repeatable is not None and not self.commit:
+                # An exception handler answers from within `except`, those of Starlette do.
+                answered = sys.exception()
+                if isinstance(answered, Exception) and self.is_repeatable(answered):
+                    self.failure = answered
+                    self.held.append(message)
+                    return
             self.started = True
         elif self.started and not message.get("more_body", False):
-            if self.context.sessions:
+            if self.context.has_work():
                 # Whoever has the whole body shall be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
+        self.sent = True
         await self.send(message)
+
+    async def forward_held(self) -> None:
+        """Send the answer to the last failure: there is no other attempt."""
+        held, self.held = self.held, []
+        self.is_repeatable = None
+        for message in held:
+            await self(message)
 
     def succeeded(self) -> bool:
         """Return whether to commit what is open when the application has returned."""

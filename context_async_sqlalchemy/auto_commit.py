@@ -9,6 +9,7 @@ from typing import TypeAlias
 from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from context_async_sqlalchemy.commits import is_awaited
 from context_async_sqlalchemy.context import DBSessionContext, current_context
 from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 from context_async_sqlalchemy.guards import is_in_use
@@ -102,7 +103,7 @@ async def finish(
 ) -> None:
     """Settle and end a context: every unit of work ends here."""
     try:
-        if context.sessions:
+        if context.has_work():
             await settle(context, commit=commit, before_commit=before_commit)
     finally:
         await context.end()
@@ -118,13 +119,16 @@ async def settle(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Commit or roll back what is open in a context now."""
-    sessions = context.in_transaction()
-    if not sessions:
+    commits = context.commits
+    if commits is None:
+        await _settle(context, commit, before_commit)
         return
-    if commit:
-        await _commit(context, sessions, before_commit)
-    else:
-        await rollback_sessions(sessions)
+    try:
+        with commits.hold():
+            await _settle(context, commit, before_commit)
+        commits.settle(commit)
+    finally:
+        await commits.run()
 
 
 async def commit_session(session: AsyncSession) -> None:
@@ -134,11 +138,39 @@ async def commit_session(session: AsyncSession) -> None:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
     """
     try:
-        await session.commit()
+        if is_awaited(session):
+            # Whoever is cancelled during COMMIT would not know whether to run what waits for it.
+            await run_to_completion(session.commit())
+        else:
+            await session.commit()
     except DBAPIError as error:
-        if _is_lost_during_commit(error):
+        if is_outcome_unknown(error):
             raise CommitOutcomeUnknownError from error
         raise
+
+
+def is_outcome_unknown(error: DBAPIError) -> bool:
+    """Return whether `error` tells of a connection that was lost, perhaps during COMMIT."""
+    if error.statement is not None or isinstance(error, InterfaceError):
+        # A statement of the flush failed; or the driver saw that the connection was closed
+        # already, and sent nothing.
+        return False
+    # The server's last word may come before the end of the connection is noticed: SQLSTATE class 08
+    # is a connection exception, 57P01 and 57P02 are shutdowns.
+    sqlstate = getattr(error.orig, "sqlstate", None) or ""
+    return error.connection_invalidated or sqlstate.startswith(("08", "57P01", "57P02"))
+
+
+async def _settle(
+    context: DBSessionContext, commit: bool, before_commit: BeforeCommitCallback | None
+) -> None:
+    sessions = context.in_transaction()
+    if not sessions:
+        return
+    if commit:
+        await _commit(context, sessions, before_commit)
+    else:
+        await rollback_sessions(sessions)
 
 
 async def _commit(
@@ -200,17 +232,6 @@ async def _commit_each(context: DBSessionContext, committed: list[AsyncSession])
 def _name(session: AsyncSession) -> str:
     url = getattr(getattr(session, "bind", None), "url", None)
     return f"{url.host or ''}/{url.database}" if url is not None else repr(session)
-
-
-def _is_lost_during_commit(error: DBAPIError) -> bool:
-    if error.statement is not None or isinstance(error, InterfaceError):
-        # A statement of the flush failed; or the driver saw that the connection was closed
-        # already, and sent nothing.
-        return False
-    # The server's last word may come before the end of the connection is noticed: SQLSTATE class 08
-    # is a connection exception, 57P01 to 57P03 are shutdowns.
-    sqlstate = getattr(error.orig, "sqlstate", None) or ""
-    return error.connection_invalidated or sqlstate.startswith(("08", "57P"))
 
 
 def _explain(error: BaseException) -> None:

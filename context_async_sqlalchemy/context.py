@@ -8,6 +8,7 @@ from contextvars import ContextVar, Token
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from context_async_sqlalchemy.commits import CommitWatch
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.exceptions import (
     ContextAlreadyInitiatedError,
@@ -30,12 +31,14 @@ class DBSessionContext:
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
         settles_late: Whether a request settles only when the application has returned.
+        commits: What watches its commits, if anything.
         token: What restores the context variable.
     """
 
     __slots__ = (
         "by_key",
         "closed",
+        "commits",
         "is_test",
         "locks",
         "made",
@@ -52,6 +55,7 @@ class DBSessionContext:
         self.is_test = False
         self.closed = False
         self.settles_late = False
+        self.commits: CommitWatch | None = None
         self.token: Token[DBSessionContext | None] | None = None
 
     def put(self, context_key: str, session: AsyncSession) -> None:
@@ -59,6 +63,8 @@ class DBSessionContext:
         self.by_key[context_key] = session
         if session not in self.sessions:
             self.sessions.append(session)
+        if self.commits is not None:
+            self.commits.watch(context_key, session)
 
     def pop(self, context_key: str) -> AsyncSession | None:
         """Take out the session of a connect, which is the caller's then."""
@@ -69,9 +75,21 @@ class DBSessionContext:
                 self.made.remove(session)
         return session
 
+    def has_work(self) -> bool:
+        """Return whether there may be anything to settle."""
+        return bool(self.sessions) or self.commits is not None
+
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
         return [session for session in self.sessions if is_in_transaction(session)]
+
+    def watch_commits(self) -> CommitWatch:
+        """Watch the commits of every session from now on."""
+        if self.commits is None:
+            self.commits = CommitWatch()
+            for context_key, session in self.by_key.items():
+                self.commits.watch(context_key, session)
+        return self.commits
 
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable, refuse whatever comes later, close every session."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from fastapi import FastAPI
 
+from context_async_sqlalchemy.asgi_utils import MiddlewareOptions
 from context_async_sqlalchemy.auto_commit import BeforeCommitCallback
 from context_async_sqlalchemy.starlette_utils import (
     add_starlette_http_db_session_middleware,
@@ -16,12 +19,15 @@ __all__ = ["add_fastapi_http_db_session_middleware", "fastapi_http_db_session_mi
 
 
 def add_fastapi_http_db_session_middleware(
-    app: FastAPI, before_commit: BeforeCommitCallback | None = None
+    app: FastAPI,
+    before_commit: BeforeCommitCallback | None = None,
+    **options: Unpack[MiddlewareOptions],
 ) -> None:
     """Add the middleware to a FastAPI application.
 
     Args:
         app: The application.
         before_commit: Called with each session that is about to be committed. Default None.
+        **options: What else `ASGIHTTPDBSessionMiddleware` takes.
     """
-    add_starlette_http_db_session_middleware(app, before_commit)
+    add_starlette_http_db_session_middleware(app, before_commit, **options)

@@ -9,7 +9,8 @@ from contextvars import ContextVar
 from typing import Literal, TypeAlias, get_args
 
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy.auto_commit import commit_session
 from context_async_sqlalchemy.connect import DBConnect
@@ -24,8 +25,9 @@ from context_async_sqlalchemy.release import (
     is_in_transaction,
     rollback_sessions,
 )
+from context_async_sqlalchemy.shield import logger, run_to_completion
 
-CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise"]
+CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
 
 
 async def db_session(connect: DBConnect) -> AsyncSession:
@@ -62,7 +64,8 @@ def atomic_db_session(
         connect: The database.
         current_transaction: What becomes of a transaction that is open already: "commit" (the
             default) and "rollback" end it before the block; "append" makes it the block's, which
-            commits both or rolls back both; "raise" refuses it.
+            commits both or rolls back both; "raise" refuses it; "savepoint" keeps it open: an
+            exception undoes the block only, and whoever began it commits it.
 
     Raises:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
@@ -183,6 +186,10 @@ async def _atomic_db_session(
 ) -> AsyncGenerator[AsyncSession]:
     session = await db_session(connect)
     if is_in_transaction(session):
+        if current_transaction == "savepoint":
+            async with _savepoint(session):
+                yield session
+            return
         if current_transaction == "raise":
             raise InvalidRequestError(
                 "A transaction is open already on the database session of this context: commit it "
@@ -200,3 +207,35 @@ async def _atomic_db_session(
     except BaseException:
         await rollback_sessions([session])
         raise
+
+
+@asynccontextmanager
+async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
+    savepoint = await session.begin_nested()
+    try:
+        yield
+        # SQLAlchemy's own block ends without a word a savepoint in which a flush has failed.
+        if _is_open(session, savepoint):
+            await savepoint.commit()
+    except BaseException:
+        if _is_open(session, savepoint):
+            await run_to_completion(_rollback(savepoint))
+        raise
+
+
+def _is_open(session: AsyncSession, savepoint: AsyncSessionTransaction) -> bool:
+    # The block may have ended it, or the transaction around it.
+    sync_session = getattr(session, "sync_session", None)
+    if not isinstance(sync_session, Session):
+        return True  # users' tests pass mocks
+    transaction = sync_session.get_nested_transaction()
+    while transaction is not None and transaction is not savepoint.sync_transaction:
+        transaction = transaction.parent
+    return transaction is not None
+
+
+async def _rollback(savepoint: AsyncSessionTransaction) -> None:
+    try:
+        await savepoint.rollback()
+    except Exception:
+        logger.exception("A savepoint failed to roll back")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from context_async_sqlalchemy.asgi_utils import (
     ASGIHTTPDBSessionMiddleware,
+    MiddlewareOptions,
     has_context,
     open_request_context,
 )
@@ -48,15 +49,18 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
 
 
 def add_starlette_http_db_session_middleware(
-    app: Starlette, before_commit: BeforeCommitCallback | None = None
+    app: Starlette,
+    before_commit: BeforeCommitCallback | None = None,
+    **options: Unpack[MiddlewareOptions],
 ) -> None:
     """Add the middleware to a Starlette application.
 
     Args:
         app: The application.
         before_commit: Called with each session that is about to be committed. Default None.
+        **options: What else `ASGIHTTPDBSessionMiddleware` takes.
     """
-    app.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit)
+    app.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit, **options)
 
 
 async def starlette_http_db_session_middleware(

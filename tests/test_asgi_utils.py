@@ -26,7 +26,7 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     rollback_db_session,
 )
-from context_async_sqlalchemy.asgi_utils import ASGIApp, Message, Receive, Scope, Send
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.test_utils import set_test_context
 from examples.demo import connections_out
 from examples.serving import http_client, serve

@@ -32,7 +32,7 @@ from context_async_sqlalchemy import (
     reset_db_session_ctx,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.asgi_utils import ASGIApp, Message, Receive, Scope, Send
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
 from examples.serving import serve

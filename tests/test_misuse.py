@@ -23,7 +23,7 @@ from context_async_sqlalchemy import (
     put_db_session_to_context,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.asgi_utils import ASGIApp, Receive, Scope, Send
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from examples.demo import connections_out
 from examples.serving import http_client
 from tests.conftest import Database

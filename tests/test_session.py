@@ -373,7 +373,7 @@ async def test_an_atomic_block_refuses_an_open_transaction(
 
 
 async def test_an_unknown_current_transaction_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="'commit', 'rollback', 'append', 'raise', not 'join'"):
+    with pytest.raises(ValueError, match="'commit', 'rollback', 'append', 'raise', 'savepoint', not 'join'"):
         atomic_db_session(Mock(), "join")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,87 @@
+"""A request that the application can be given again."""
+
+from __future__ import annotations
+
+import asyncio
+
+from context_async_sqlalchemy.asgi_types import Message, Receive, Scope
+
+
+class ReplayableRequest:
+    """A request, as the server gave it, however often the application has read it.
+
+    Args:
+        scope: Its ASGI scope.
+        receive: What the server's messages come from.
+        body_limit: How many bytes of its body to keep.
+
+    Attributes:
+        obstacle: Why it cannot be given to the application again, if so.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, body_limit: int) -> None:
+        self.obstacle: str | None = None
+        self._scope = scope
+        self._items = dict(scope)
+        self._contents = {key: value.copy() for key, value in scope.items() if _is_mutable(value)}
+        self._receive = receive
+        self._body_limit = body_limit
+        self._size = 0
+        self._is_complete = False
+        self._messages: list[Message] = []
+        self._read = 0
+
+    async def receive(self) -> Message:
+        """Return the next message; those that came before, again, once it was rewound."""
+        if self._read == len(self._messages):
+            return await self._receive_next()
+        self._read += 1
+        return dict(self._messages[self._read - 1])
+
+    async def has_ended(self) -> bool:
+        """Look whether the client has left, or sent too much, since the application has read."""
+        while self.obstacle is None:
+            was_complete = self._is_complete
+            try:
+                async with asyncio.timeout(0):
+                    await self._receive_next()
+            except TimeoutError:
+                break
+            if was_complete:  # and yet the server has more to say: it is no disconnect
+                break
+        return self.obstacle is not None
+
+    def rewind(self) -> None:
+        """Let the application begin again, with the scope and the body that came."""
+        self._read = 0
+        # In place: an outer middleware may hold the scope, or the state in it, and look there for
+        # what the application has put.
+        self._scope.clear()
+        self._scope.update(self._items)
+        for key, content in self._contents.items():
+            value = self._scope[key]
+            value.clear()
+            if isinstance(content, dict):
+                value.update(content)
+            else:
+                value.extend(content)
+
+    async def _receive_next(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.obstacle = "the client has left"
+        elif message["type"] == "http.request":
+            self._is_complete = not message.get("more_body", False)
+            self._size += len(message.get("body", b""))
+            if self._size > self._body_limit:
+                self.obstacle = f"the body of the request is larger than {self._body_limit} bytes"
+                self._messages.clear()
+                self._read = 0
+            else:
+                self._messages.append(dict(message))
+                self._read += 1
+        return message
+
+
+def _is_mutable(value: object) -> bool:
+    return type(value) in (dict, list)

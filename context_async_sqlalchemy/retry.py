@@ -1,0 +1,235 @@
+"""Which errors are transient, and doing it again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+
+from context_async_sqlalchemy.auto_commit import BeforeCommitCallback, is_outcome_unknown
+from context_async_sqlalchemy.context import DBSessionContext, current_context
+from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
+from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx
+
+if TYPE_CHECKING:
+    from stamina import Attempt
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_TRANSIENT_SQLSTATES = {
+    "40001",  # serialization_failure; CockroachDB and YugabyteDB use it too
+    "40P01",  # deadlock_detected
+    "53300",  # too_many_connections
+    "55P03",  # lock_not_available
+    "57P01",  # admin_shutdown
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now: the server is starting up, or shutting down
+    "08000",  # connection_exception
+    "08001",  # sqlclient_unable_to_establish_sqlconnection
+    "08003",  # connection_does_not_exist
+    "08004",  # sqlserver_rejected_establishment_of_sqlconnection
+    "08006",  # connection_failure
+}
+# https://dev.mysql.com/doc/mysql-errors/8.4/en/: too many connections, lock wait timeout, deadlock,
+# and a server that cannot be reached.
+_TRANSIENT_MYSQL_NUMBERS = {1040, 1205, 1213, 2002, 2003}
+_SQLITE_BUSY = 5  # https://www.sqlite.org/rescode.html; the low byte of its extended codes
+
+
+def is_transient_error(exc: BaseException) -> bool:
+    """Return whether the same work may succeed if it is done again.
+
+    So it is with a serialization failure, a deadlock, a lock that was not to be had, a connection
+    that was lost or refused, a server that starts up, shuts down or has too many connections, a
+    busy SQLite database, and with MySQL's errors for these. Told by SQLSTATE, error number and by
+    what SQLAlchemy knows, of `exc`, its `__cause__`, and the members of an exception group.
+    (psycopg has no SQLSTATE for a connection that was refused, whatever the reason.)
+
+    Never so if a constraint was violated, or if the outcome of a COMMIT is unknown.
+
+    Args:
+        exc: What was raised.
+    """
+    return any(map(_is_transient, _related(exc))) and not _forbids_repetition(exc)
+
+
+def retry_on_transient_error(
+    attempts: int = 3,
+    *,
+    timeout: float | None = None,
+    wait_initial: float = 0.05,
+    wait_max: float = 5.0,
+    wait_jitter: float = 0.1,
+    before_commit: BeforeCommitCallback | None = None,
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Run an async function in a new context, and again in another one after a transient error.
+
+        @retry_on_transient_error(attempts=5)
+        async def transfer(source: int, target: int, amount: int) -> None:
+            session = await db_session(connect)
+            ...
+
+    Each attempt is a unit of work, as a block of `new_db_session_ctx` is: committed if the function
+    returns, rolled back if it raises. The last error comes out unchanged. An attempt that has
+    committed a part of its work is not repeated. What is no part of the transaction happens in each
+    attempt: leave it to `on_commit`.
+
+    It is `stamina` that waits and tries again: see there for its instrumentation, and for
+    `stamina.set_testing` and `stamina.set_active`. Install the extra "retry".
+
+    Args:
+        attempts: How often to call the function at most. Default 3.
+        timeout: After how many seconds not to try again. Default None: never.
+        wait_initial: The seconds to wait before the second attempt, doubled for each that follows.
+            Default 0.05.
+        wait_max: The most seconds to wait between two attempts. Default 5.
+        wait_jitter: The most seconds to add to a wait, at random. Default 0.1.
+        before_commit: Called with each session that is about to be committed. Default None.
+
+    Raises:
+        ImportError: If stamina is not installed.
+        TypeError: If what is decorated is no async function.
+        ValueError: If `attempts` is less than 1.
+    """
+    retrying = Retrying(attempts, timeout, wait_initial, wait_max, wait_jitter)
+
+    def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"retry_on_transient_error decorates an async function, not {function!r}"
+            )
+
+        @functools.wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            context: DBSessionContext
+
+            def is_repeatable(error: BaseException) -> bool:
+                return may_be_repeated(error, context)
+
+            async for attempt in retrying(is_repeatable, name):
+                with attempt:
+                    async with new_db_session_ctx(before_commit):
+                        context = current_context()
+                        context.watch_commits()
+                        return await function(*args, **kwargs)
+            raise AssertionError("stamina raises the last error")
+
+        name = f"{call.__module__}.{call.__qualname__}"
+        return call
+
+    return decorate
+
+
+class Retrying:
+    """How often to try, and how long to wait in between, with stamina."""
+
+    def __init__(
+        self,
+        attempts: int,
+        timeout: float | None = None,
+        wait_initial: float = 0.05,
+        wait_max: float = 5.0,
+        wait_jitter: float = 0.1,
+    ) -> None:
+        if not isinstance(attempts, int) or isinstance(attempts, bool):
+            raise TypeError(f"attempts must be an int, not {type(attempts).__name__}")
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, not {attempts}")
+        try:
+            import stamina
+        except ImportError as error:
+            raise ImportError(
+                "Trying again needs stamina: install context-async-sqlalchemy[retry]"
+            ) from error
+        self.attempts = attempts
+        self._retry_context = functools.partial(
+            stamina.retry_context,
+            attempts=attempts,
+            timeout=timeout,
+            wait_initial=wait_initial,
+            wait_max=wait_max,
+            wait_jitter=wait_jitter,
+        )
+
+    def __call__(self, on: Callable[[Exception], bool], name: str) -> AsyncIterator[Attempt]:
+        """Return the attempts; the first block that does not fail with such an error is the last.
+
+        Args:
+            on: Whether to try again after an error.
+            name: What stamina's instrumentation calls the work.
+        """
+        # Without the arguments: stamina would log them, and they may be secret.
+        return self._retry_context(on).with_name(name, (), {})
+
+
+def may_be_repeated(error: BaseException, context: DBSessionContext) -> bool:
+    """Return whether to do the work of `context` again, which has failed with `error`."""
+    if not is_transient_error(error):
+        return False
+    if context.watch_commits().committed:
+        error.add_note("Not tried again: a part of its work had been committed already.")
+        return False
+    return True
+
+
+def _forbids_repetition(exc: BaseException) -> bool:
+    # With what was being handled, too: whoever fails while they look whether the work was done,
+    # still does not know.
+    return any(
+        isinstance(error, CommitOutcomeUnknownError)
+        or (isinstance(error, DBAPIError) and is_outcome_unknown(error))
+        for error in _related(exc, with_context=True)
+    ) or any(isinstance(error, IntegrityError) for error in _related(exc))
+
+
+def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseException]:
+    """Yield `exc`, what it consists of, what caused it, and with its context what came before."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [exc]
+    while waiting:
+        error = waiting.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            waiting += error.exceptions
+        if with_context:
+            waiting.append(error.__context__)
+        if not isinstance(error, DBAPIError):  # which knows more than the error of its driver
+            waiting.append(error.__cause__)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if not isinstance(error, DBAPIError):
+        # What asyncpg raises while it connects is not wrapped by SQLAlchemy 2.0, OSErrors by none.
+        return isinstance(error, ConnectionError) or _has_transient_code(error)
+    if is_outcome_unknown(error):
+        return False
+    return (
+        error.connection_invalidated
+        or _has_transient_code(error.orig)
+        or _has_transient_mysql_number(error.orig)
+        or _is_psycopg_without_connection(error)
+    )
+
+
+def _has_transient_code(error: BaseException | None) -> bool:
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    is_busy = isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY
+    return is_busy or getattr(error, "sqlstate", None) in _TRANSIENT_SQLSTATES
+
+
+def _has_transient_mysql_number(error: BaseException | None) -> bool:
+    number = next(iter(getattr(error, "args", ())), None)
+    return isinstance(number, int) and number in _TRANSIENT_MYSQL_NUMBERS
+
+
+def _is_psycopg_without_connection(error: DBAPIError) -> bool:
+    is_psycopg = getattr(error.orig, "sqlstate", "") is None  # when it gets no connection
+    return is_psycopg and isinstance(error, OperationalError) and error.statement is None
