@@ -136,7 +136,9 @@ class Retrying:
         wait_max: float = 5.0,
         wait_jitter: float = 0.1,
     ) -> None:
-        if not isinstance(attempts, int) or isinstance(attempts, bool):
+        if callable(attempts):
+            raise TypeError("write @retry_on_transient_error(), with parentheses")
+        if not isinstance(attempts, int):
             raise TypeError(f"attempts must be an int, not {type(attempts).__name__}")
         if attempts < 1:
             raise ValueError(f"attempts must be at least 1, not {attempts}")

@@ -20,6 +20,7 @@ from context_async_sqlalchemy.context import (
     get_db_session_from_context,
 )
 from context_async_sqlalchemy.exceptions import ContextClosedError
+from context_async_sqlalchemy.guards import connections_of
 from context_async_sqlalchemy.release import (
     close_sessions,
     is_in_transaction,
@@ -219,7 +220,7 @@ async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
             await savepoint.commit()
     except BaseException:
         if _is_open(session, savepoint):
-            await run_to_completion(_rollback(savepoint))
+            await run_to_completion(_rollback(session, savepoint))
         raise
 
 
@@ -234,8 +235,12 @@ def _is_open(session: AsyncSession, savepoint: AsyncSessionTransaction) -> bool:
     return transaction is not None
 
 
-async def _rollback(savepoint: AsyncSessionTransaction) -> None:
+async def _rollback(session: AsyncSession, savepoint: AsyncSessionTransaction) -> None:
+    connections = connections_of(session)
     try:
         await savepoint.rollback()
     except Exception:
-        logger.exception("A savepoint failed to roll back")
+        logger.exception("A savepoint failed to roll back; its connection is discarded")
+        # Or else a commit of the transaction around it would store what shall be undone.
+        for connection in connections:
+            connection.invalidate()

@@ -175,7 +175,7 @@ class _Connection:
     def _answer_with_error(
         self, statement: str, server: asyncio.StreamWriter, *, flushed: bool
     ) -> None:
-        fields = b"SERROR\0VERROR\0C53200\0Minjected\0\0"
+        fields = b"SERROR\0VERROR\0C40001\0Minjected\0\0"
         self._client_writer.write(b"E" + struct.pack("!I", len(fields) + 4) + fields)
         if flushed:
             return

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+import stamina
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
 from sqlalchemy import URL
@@ -29,6 +32,7 @@ from context_async_sqlalchemy import (
     commit_db_session,
     init_db_session_ctx,
     new_non_ctx_session,
+    on_commit,
     reset_db_session_ctx,
     run_in_new_ctx,
 )
@@ -53,11 +57,13 @@ class Rows:
         promised: The rows that are there if the client was told 2xx.
         promised_by_body: The rows that are there if the client has the whole body.
         together: Sets of rows of which all are there, or none.
+        first: The row without which the others cannot be there.
     """
 
     promised: set[str]
     promised_by_body: set[str] = field(default_factory=set)
     together: list[set[str]] = field(default_factory=list)
+    first: str | None = None
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(rows: Rows) -> Callable[[Callable[..., Awaitable[None]]], None]:
+def scenario(rows: Rows, **options: Any) -> Callable[[Callable[..., Awaitable[None]]], None]:
     """Register a function that handles a request as a scenario."""
 
     def register(handle: Callable[..., Awaitable[None]]) -> None:
@@ -79,7 +85,7 @@ def scenario(rows: Rows) -> Callable[[Callable[..., Awaitable[None]]], None]:
             async def app(scope: Scope, receive: Receive, send: Send) -> None:
                 await handle(connect, second, send)
 
-            return ASGIHTTPDBSessionMiddleware(app)
+            return ASGIHTTPDBSessionMiddleware(app, **options)
 
         SCENARIOS[handle.__name__] = Scenario(make_app, rows)
 
@@ -159,6 +165,32 @@ async def two_connects_closed(connect: DBConnect, second: DBConnect, send: Send)
     finally:
         await reset_db_session_ctx(token)
     await add(connect, "c")
+    await respond(send)
+
+
+@scenario(Rows(promised={"a", "c"}, together=[{"a", "c"}]))
+async def savepoint_undone(connect: DBConnect, _: DBConnect, send: Send) -> None:
+    await add(connect, "a")
+    with suppress(ValueError):
+        async with atomic_db_session(connect, "savepoint"):
+            await add(connect, "not committed")
+            raise ValueError
+    await add(connect, "c")
+    await respond(send)
+
+
+@scenario(Rows(promised={"a"}, first="a"))
+async def callbacks_after_commit(connect: DBConnect, second: DBConnect, send: Send) -> None:
+    await add(connect, "a")
+    on_commit(connect, partial(add, connect, "called"))
+    on_commit(connect, partial(add, second, "called too"))
+    await respond(send)
+
+
+@scenario(Rows(promised={"a", "b"}, together=[{"a", "b"}]), attempts=3)
+async def tried_again(connect: DBConnect, _: DBConnect, send: Send) -> None:
+    await add(connect, "a")
+    await add(connect, "b")
     await respond(send)
 
 
@@ -279,6 +311,7 @@ class Bench:
         if not any(call.statement.startswith("COMMIT") for call in self.calls):
             assert not names, "nothing was committed, and something is there"
         assert not names & {"not committed", "not committed either"}
+        assert not names or scenario.rows.first in {None, *names}
         for group in scenario.rows.together:
             assert group & names in (set(), group), "a transaction was torn"
 
@@ -301,7 +334,8 @@ def bench(
     caplog: pytest.LogCaptureFixture,
 ) -> Generator[Bench]:
     bench = Bench(database_url, database)
-    yield bench
+    with stamina.set_testing(True, attempts=3):  # without its pauses
+        yield bench
     assert bench.points > 1
     record_property("fault points", bench.points)
     gc.collect()
@@ -395,21 +429,32 @@ async def test_a_request_is_cancelled_at_every_suspension(
                 break
 
 
-async def cancel_at(number: int, work: Any, kind: str) -> int:
-    """Run `work` in a task, cancelled at a suspension; return how many suspensions it had."""
+async def cancel_at(number: int, work: Any, kind: str, pause: float = 0) -> int:
+    """Run `work` in a task, cancelled at a suspension; return how many suspensions it had.
+
+    With a pause (in seconds) before the cancellation the server has its answer ready, which the
+    event loop has not seen yet.
+    """
     steps: Steps
+
+    def paused(cancel: Callable[[], object]) -> Callable[[], object]:
+        def pause_and_cancel() -> None:
+            time.sleep(pause)
+            cancel()
+
+        return pause_and_cancel
 
     async def with_asyncio() -> None:
         nonlocal steps
         task = asyncio.current_task()
         assert task is not None
-        steps = Steps(work, number, task.cancel)
+        steps = Steps(work, number, paused(task.cancel))
         await steps
 
     async def with_anyio() -> None:
         nonlocal steps
         with anyio.CancelScope() as scope:
-            steps = Steps(work, number, scope.cancel)
+            steps = Steps(work, number, paused(scope.cancel))
             await steps
 
     task = asyncio.create_task(with_asyncio() if kind == "asyncio" else with_anyio())

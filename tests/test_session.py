@@ -33,6 +33,7 @@ from context_async_sqlalchemy import (
 from examples.demo import connections_out
 from tests.conftest import Database, checked_connect
 from tests.models import Item
+from tests.proxy import Call, Fault, proxy
 
 
 async def test_children_and_tasks_get_the_same_session(connect: DBConnect) -> None:
@@ -372,8 +373,127 @@ async def test_an_atomic_block_refuses_an_open_transaction(
     assert await database.names() == ["a"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_savepoint_undoes_its_block_only(
+    connect: DBConnect, database: Database, fails: bool
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(Item(name="before"))  # not flushed yet
+        with suppress(ValueError):
+            async with atomic_db_session(connect, "savepoint") as inside:
+                assert inside is session
+                session.add(Item(name="inside"))
+                if fails:
+                    raise ValueError
+        assert await database.names() == []
+        session.add(Item(name="after"))
+    assert await database.names() == (
+        ["before", "after"] if fails else ["before", "inside", "after"]
+    )
+
+
+async def test_a_savepoint_whose_statement_fails_undoes_its_block_only(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+        with pytest.raises(IntegrityError):
+            async with atomic_db_session(connect, "savepoint"):
+                session.add(Item(name="a"))
+        session.add(Item(name="b"))
+    assert await database.names() == ["a", "b"]
+
+
+async def test_savepoints_nest(connect: DBConnect, database: Database) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await session.execute(insert(Item).values(name="a"))
+        async with atomic_db_session(connect, "savepoint"):
+            await session.execute(insert(Item).values(name="b"))
+            with pytest.raises(ValueError, match="no"):
+                async with atomic_db_session(connect, "savepoint"):
+                    await session.execute(insert(Item).values(name="c"))
+                    raise ValueError("no")
+            await session.execute(insert(Item).values(name="d"))
+    assert await database.names() == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_without_a_transaction_a_savepoint_is_a_transaction(
+    connect: DBConnect, database: Database, fails: bool
+) -> None:
+    async with new_db_session_ctx():
+        with suppress(ValueError):
+            async with atomic_db_session(connect, "savepoint") as session:
+                await session.execute(insert(Item).values(name="a"))
+                if fails:
+                    raise ValueError
+        assert connections_out(connect) == 0
+        assert await database.names() == ([] if fails else ["a"])
+
+
+async def test_a_failed_flush_that_a_savepoint_swallowed_is_an_error_at_its_end(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+        with pytest.raises(PendingRollbackError):
+            async with atomic_db_session(connect, "savepoint"):
+                session.add(Item(name="b"))
+                await session.flush()
+                session.add(Item(name="a"))
+                with suppress(IntegrityError):
+                    await session.flush()
+        session.add(Item(name="c"))
+    assert await database.names() == ["a", "c"]
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_block_may_end_the_transaction_around_its_savepoint(
+    connect: DBConnect, database: Database, end: str, fails: bool
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await session.execute(insert(Item).values(name="a"))
+        with suppress(ValueError):
+            async with atomic_db_session(connect, "savepoint"):
+                await getattr(session, end)()
+                await session.execute(insert(Item).values(name="b"))
+                if fails:
+                    raise ValueError
+    assert await database.names() == (["a", "b"] if end == "commit" else ["b"])
+
+
+async def test_what_a_savepoint_could_not_undo_is_not_committed(
+    database_url: URL, database: Database
+) -> None:
+    async def refuse_rollback(call: Call) -> Fault | None:
+        return Fault.ERROR if call.statement.startswith("ROLLBACK TO") else None
+
+    assert database_url.host is not None
+    assert database_url.port is not None
+    async with proxy(database_url.host, database_url.port, refuse_rollback) as port:
+        url = database_url.set(host="127.0.0.1", port=port)
+        async with checked_connect(url, database) as connect:
+            with pytest.raises(PendingRollbackError):
+                async with new_db_session_ctx():
+                    session = await db_session(connect)
+                    await session.execute(insert(Item).values(name="a"))
+                    with suppress(ValueError):
+                        async with atomic_db_session(connect, "savepoint"):
+                            await session.execute(insert(Item).values(name="b"))
+                            raise ValueError
+    assert await database.names() == []
+
+
 async def test_an_unknown_current_transaction_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="'commit', 'rollback', 'append', 'raise', 'savepoint', not 'join'"):
+    with pytest.raises(
+        ValueError, match="'commit', 'rollback', 'append', 'raise', 'savepoint', not 'join'"
+    ):
         atomic_db_session(Mock(), "join")  # type: ignore[arg-type]
 
 
