@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -209,8 +210,12 @@ def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseExc
 
 def _is_transient(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
-        # What asyncpg raises while it connects is not wrapped by SQLAlchemy 2.0, OSErrors by none.
-        return isinstance(error, ConnectionError) or _has_transient_code(error)
+        # What SQLAlchemy does not wrap: some of what a driver raises while it connects.
+        return (
+            isinstance(error, ConnectionError)
+            or _has_transient_code(error)
+            or _is_asyncpg_without_connection(error)
+        )
     if is_outcome_unknown(error):
         return False
     return (
@@ -230,6 +235,14 @@ def _has_transient_code(error: BaseException | None) -> bool:
 def _has_transient_mysql_number(error: BaseException | None) -> bool:
     number = next(iter(getattr(error, "args", ())), None)
     return isinstance(number, int) and number in _TRANSIENT_MYSQL_NUMBERS
+
+
+def _is_asyncpg_without_connection(error: BaseException) -> bool:
+    # Lost while it is set up; or used between the server's last word and the connection's end.
+    asyncpg = sys.modules.get("asyncpg")
+    if asyncpg is None or isinstance(error, ValueError):  # a ValueError of asyncpg's: a bad option
+        return False
+    return isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
 
 
 def _is_psycopg_without_connection(error: DBAPIError) -> bool:

@@ -65,8 +65,8 @@ def atomic_db_session(
         connect: The database.
         current_transaction: What becomes of a transaction that is open already: "commit" (the
             default) and "rollback" end it before the block; "append" makes it the block's, which
-            commits both or rolls back both; "raise" refuses it; "savepoint" keeps it open: an
-            exception undoes the block only, and whoever began it commits it.
+            commits both or rolls back both; "raise" refuses it; "savepoint" keeps it open, and an
+            exception undoes the block only. Without one the block is a transaction in any case.
 
     Raises:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
@@ -194,7 +194,7 @@ async def _atomic_db_session(
         if current_transaction == "raise":
             raise InvalidRequestError(
                 "A transaction is open already on the database session of this context: commit it "
-                'first, or choose "commit", "rollback" or "append" as current_transaction.'
+                'first, or choose "commit", "rollback", "append" or "savepoint" as current_transaction.'
             )
         if current_transaction == "commit":
             await commit_session(session)

@@ -80,7 +80,7 @@ class Database:
 
     async def empty(self) -> None:
         """Delete every row."""
-        await self._connection.execute("TRUNCATE item, seat RESTART IDENTITY")
+        await self._connection.execute("TRUNCATE item, seat, account, transfer RESTART IDENTITY")
 
     async def names(self) -> list[str]:
         """Return the names of the committed items, in the order they were made."""
@@ -102,6 +102,10 @@ class Database:
         )
         return [r["state"] for r in rows]
 
+    async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a query."""
+        return [tuple(row) for row in await self._connection.fetch(statement)]
+
     async def execute(self, statements: str) -> None:
         """Run statements, each committed by itself."""
         await self._connection.execute(statements)
@@ -115,17 +119,21 @@ class Database:
         )
         return pid
 
+    async def backends(self) -> list[int]:
+        """Return every other connection."""
+        rows = await self._connection.fetch(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        return [r["pid"] for r in rows]
+
     async def terminate(self, pid: int) -> None:
         """End another connection from the server's side, and wait until it is gone."""
         assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
     async def connections(self) -> int:
         """Return how many other connections there are."""
-        count: int = await self._connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
-        )
-        return count
+        return len(await self.backends())
 
 
 @pytest_asyncio.fixture

@@ -27,3 +27,24 @@ class Seat(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     number: Mapped[int]
+
+
+class Account(Base):
+    """Money."""
+
+    __tablename__ = "account"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    balance: Mapped[int]
+
+
+class Transfer(Base):
+    """An entry of the ledger; nothing but the application keeps it from being there twice."""
+
+    __tablename__ = "transfer"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str]
+    source: Mapped[int]
+    target: Mapped[int]
+    amount: Mapped[int]
