@@ -1,0 +1,89 @@
+"""Mail that is sent once the sign-up is committed, and only then."""
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+from fastapi import BackgroundTasks, FastAPI, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy import delete
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import (
+    DBConnect,
+    atomic_db_session,
+    db_session,
+    new_db_session_ctx,
+    on_commit,
+)
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///members.db")
+connect = DBConnect(create_async_engine, async_sessionmaker, host=DATABASE_URL)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Member(Base):
+    __tablename__ = "member"
+
+    email: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Voucher(Base):
+    __tablename__ = "used_voucher"
+
+    code: Mapped[str] = mapped_column(primary_key=True)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await (await session.connection()).run_sync(Base.metadata.create_all)
+    yield
+    await connect.close()
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+@app.exception_handler(IntegrityError)
+async def conflict(_: Request, __: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "there already"}, status_code=409)
+
+
+async def send_mail(to: str, subject: str) -> None:
+    logging.info("%s: %s", to, subject)  # where a mail service is called
+
+
+@app.post("/members/{email}", status_code=201)
+async def sign_up(email: str) -> None:
+    session = await db_session(connect)
+    session.add(Member(email=email))
+    on_commit(connect, partial(send_mail, email, "Welcome"))
+
+
+@app.post("/members/{email}/vouchers/{code}", status_code=201)
+async def sign_up_with_voucher(email: str, code: str) -> None:
+    await sign_up(email)
+    session = await db_session(connect)
+    await session.flush()
+    with suppress(IntegrityError):  # the voucher is used already: sign up without it
+        async with atomic_db_session(connect, "savepoint"):
+            on_commit(connect, partial(send_mail, email, "Your discount"))
+            session.add(Voucher(code=code))
+
+
+@app.delete("/members/{email}", status_code=204)
+async def leave(email: str, background: BackgroundTasks) -> None:
+    session = await db_session(connect)
+    await session.execute(delete(Member).where(Member.email == email))
+    on_commit(connect, partial(background.add_task, send_mail, email, "Goodbye"))

@@ -1,0 +1,62 @@
+"""A WebSocket: each message is a unit of work."""
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, WebSocket
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///notes.db")
+connect = DBConnect(create_async_engine, async_sessionmaker, host=DATABASE_URL)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "how_to_note"
+
+    body: Mapped[str] = mapped_column(primary_key=True)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await (await session.connection()).run_sync(Base.metadata.create_all)
+    yield
+    await connect.close()
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+async def add_notes(message: str) -> None:
+    session = await db_session(connect)
+    for line in message.split("\n"):
+        if not line:
+            raise ValueError("a note is empty")
+        session.add(Note(body=line))
+
+
+@app.websocket("/notes")
+async def take_notes(websocket: WebSocket) -> None:
+    await websocket.accept()
+    async for message in websocket.iter_text():
+        try:
+            async with new_db_session_ctx():
+                await add_notes(message)
+            answer = "stored"
+        except IntegrityError:
+            answer = "there already"
+        except Exception:
+            logging.exception("A message failed")
+            answer = "failed"
+        await websocket.send_text(answer)
