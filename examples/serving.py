@@ -26,8 +26,8 @@ async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
     # The socket listens already: a client that comes before the server has started waits.
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     # Left to itself, uvicorn imports what it finds for WebSockets, deprecated modules too.
-    options = {"ws": "none", "timeout_graceful_shutdown": 5} | options
-    config = uvicorn.Config(app, log_config=None, **options)
+    options.setdefault("ws", "none")
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
