@@ -1,0 +1,107 @@
+"""PgBouncer in front of a server, pooling transactions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL
+
+from tests.postgres import free_port, wait_until
+
+# For an engine with asyncpg, whose cached statements are on one connection of PgBouncer and looked
+# for on another. Versions of PgBouncer from 1.21 on need none of it, asyncpg 0.31 only the first.
+CONNECT_ARGS: dict[str, Any] = {
+    "statement_cache_size": 0,
+    "prepared_statement_cache_size": 0,
+    "prepared_statement_name_func": lambda: "",
+}
+
+
+def pgbouncer_binary() -> str | None:
+    """Return the path of PgBouncer, None where it is not installed."""
+    # Where Debian has it, only root looks.
+    return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+
+
+def pgbouncer_version() -> tuple[int, int]:
+    """Return the major and the minor version; from 1.21 on it knows `max_prepared_statements`."""
+    binary = pgbouncer_binary()
+    assert binary is not None
+    output = subprocess.run([binary, "--version"], check=True, capture_output=True, text=True)
+    major, minor = output.stdout.split()[1].split(".")[:2]
+    return int(major), int(minor)
+
+
+@contextmanager
+def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
+    """Run PgBouncer on a free loopback port.
+
+    It lets everybody in, and has the user and the password of `server` for each of its databases.
+
+    Args:
+        server: The server behind it.
+        settings: More settings, as `default_pool_size=3`.
+
+    Yields:
+        `server` as it is reached through PgBouncer.
+
+    Raises:
+        AssertionError: If it is not installed, or does not start.
+    """
+    binary = pgbouncer_binary()
+    assert binary is not None, "pgbouncer is not installed"
+    port = free_port()
+    settings = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "any",
+        "pool_mode": "transaction",
+    } | settings
+    if os.geteuid() == 0:  # which PgBouncer refuses
+        settings["user"] = "nobody"
+    target = {
+        "host": server.host,
+        "port": server.port,
+        "user": server.username,
+        "password": server.password,
+    }
+    config = "\n".join(
+        [
+            "[databases]",
+            "* = " + " ".join(f"{k}={_quoted(v)}" for k, v in target.items() if v is not None),
+            "[pgbouncer]",
+            *(f"{name} = {value}" for name, value in settings.items()),
+        ]
+    )
+    with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
+        ini, log = Path(directory) / "pgbouncer.ini", Path(directory) / "log"
+        ini.write_text(config)
+        with log.open("wb") as output:
+            process = subprocess.Popen([binary, str(ini)], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: process.poll() is not None or _accepts(port))
+            assert process.poll() is None, log.read_text()
+            yield server.set(host="127.0.0.1", port=port, username="anybody", password=None)
+        finally:
+            # It has nothing to lose, and some versions wait at a SIGTERM for their clients.
+            process.kill()
+            process.wait()
+
+
+def _quoted(value: object) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _accepts(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
