@@ -207,7 +207,7 @@ class _SettlingSend:
             return
         if message["type"] == "http.response.start":
             self.commit = self.middleware.commit_on(message["status"])
-            if self.context.has_work():
+            if self.context.used:
                 try:
                     await self._settle(self.commit)
                 except Exception as error:
@@ -222,7 +222,7 @@ class _SettlingSend:
                     return
             self.started = True
         elif self.started and not message.get("more_body", False):
-            if self.context.has_work():
+            if self.context.used:
                 # Whoever has the whole body shall be able to rely on what it says.
                 await self._settle(True)
             self.completed = True

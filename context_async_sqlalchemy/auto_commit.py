@@ -103,7 +103,7 @@ async def finish(
 ) -> None:
     """Settle and end a context: every unit of work ends here."""
     try:
-        if context.has_work():
+        if context.used:
             await settle(context, commit=commit, before_commit=before_commit)
     finally:
         await context.end()

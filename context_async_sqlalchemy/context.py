@@ -32,6 +32,7 @@ class DBSessionContext:
         closed: Whether it has ended.
         settles_late: Whether a request settles only when the application has returned.
         commits: What watches its commits, if anything.
+        used: Whether there may be anything to settle.
         token: What restores the context variable.
     """
 
@@ -45,6 +46,7 @@ class DBSessionContext:
         "sessions",
         "settles_late",
         "token",
+        "used",
     )
 
     def __init__(self) -> None:
@@ -56,10 +58,12 @@ class DBSessionContext:
         self.closed = False
         self.settles_late = False
         self.commits: CommitWatch | None = None
+        self.used = False
         self.token: Token[DBSessionContext | None] | None = None
 
     def put(self, context_key: str, session: AsyncSession) -> None:
         """Make `session` the one that `db_session` returns for a connect."""
+        self.used = True
         self.by_key[context_key] = session
         if session not in self.sessions:
             self.sessions.append(session)
@@ -75,10 +79,6 @@ class DBSessionContext:
                 self.made.remove(session)
         return session
 
-    def has_work(self) -> bool:
-        """Return whether there may be anything to settle."""
-        return bool(self.sessions) or self.commits is not None
-
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
         return [session for session in self.sessions if is_in_transaction(session)]
@@ -86,6 +86,7 @@ class DBSessionContext:
     def watch_commits(self) -> CommitWatch:
         """Watch the commits of every session from now on."""
         if self.commits is None:
+            self.used = True
             self.commits = CommitWatch()
             for context_key, session in self.by_key.items():
                 self.commits.watch(context_key, session)
