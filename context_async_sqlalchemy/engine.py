@@ -1,0 +1,237 @@
+"""An engine from a database URL."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack
+
+from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from context_async_sqlalchemy.libpq import translate_libpq_url
+from context_async_sqlalchemy.ping import ping_idle_connections
+
+_ASYNC_DRIVERS = {
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+
+# SQLAlchemy takes any number. -1 means "no limit" to max_overflow, and "never" to pool_recycle.
+_MINIMUM = {"pool_size": 0, "max_overflow": -1, "pool_timeout": 0, "pool_recycle": -1}
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of `sqlalchemy.create_engine()` that `create_engine` takes.
+
+    See https://docs.sqlalchemy.org/en/20/core/engines.html#sqlalchemy.create_engine.params
+    """
+
+    async_creator: Callable[[], Awaitable[Any]]
+    connect_args: dict[str, Any]
+    echo: bool | Literal["debug"]
+    echo_pool: bool | Literal["debug"]
+    enable_from_linting: bool
+    execution_options: Mapping[str, Any]
+    hide_parameters: bool
+    insertmanyvalues_page_size: int
+    isolation_level: IsolationLevel
+    json_deserializer: Callable[[str], Any]
+    json_serializer: Callable[[Any], str]
+    label_length: int | None
+    logging_name: str
+    max_identifier_length: int | None
+    max_overflow: int
+    native_inet_types: bool
+    plugins: Sequence[str]
+    pool_logging_name: str
+    pool_pre_ping: bool
+    pool_recycle: int
+    pool_reset_on_return: Literal["rollback", "commit"] | None
+    pool_size: int
+    pool_timeout: float
+    pool_use_lifo: bool
+    poolclass: type[Pool]
+    query_cache_size: int
+    skip_autocommit_rollback: bool
+    use_insertmanyvalues: bool
+
+
+def parse_url(url: str | URL, password: str | None = None) -> URL:
+    """Read a database URL and choose the async driver, where it names none.
+
+    Args:
+        url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`) gets
+            asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy. A password in its query is
+            moved to where SQLAlchemy hides it.
+        password: The password as it is, with nothing percent-encoded; wins over one in the URL.
+            Default None: that of the URL; an empty one means the same.
+
+    Returns:
+        The URL for `create_engine`.
+
+    Raises:
+        TypeError: If `url` or `password` is of another type.
+        ValueError: If the URL cannot be read, its driver is not async or not known, or there is a
+            password without a user name. No message shows a password.
+    """
+    parsed = _hide_password(_choose_driver(_read_url(url)))
+    if password is not None and not isinstance(password, str):
+        raise TypeError(f"password must be a str, not {type(password).__name__}")
+    if password:
+        parsed = parsed.set(password=password)
+    if parsed.password and not parsed.username:
+        raise ValueError("there is a password, and no user name in the database URL")
+    return parsed
+
+
+def create_engine(
+    url: URL, *, ping_after_idle: float = 1.0, **options: Unpack[EngineOptions]
+) -> AsyncEngine:
+    """Make an engine that behaves as its database's documentation says; opens no connection.
+
+    PostgreSQL with asyncpg: the query may say what libpq understands, as the URLs of hosted
+    databases do: `sslmode`, `sslrootcert`, `options`, `application_name`, `connect_timeout`, and
+    so on. `channel_binding` is dropped, `require` too: asyncpg has none. Only `verify-full` makes
+    sure of the server then.
+
+    SQLite: BEGIN is sent before the first statement, so that savepoints, reads and DDL belong to
+    the transaction; foreign keys are enforced; a writer waits 5 seconds for another one. One that
+    reads first cannot wait, unless the transaction begins with the lock:
+    `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory lives in one connection:
+    one session at a time uses it, the others wait, and `pool_size`, `max_overflow` and
+    `pool_recycle` do not apply.
+
+    Args:
+        url: As `parse_url` returns it.
+        ping_after_idle: With `pool_pre_ping=True`, ping a connection only when it has lain in the
+            pool for longer than this, in seconds. Default 1.
+        **options: Of `sqlalchemy.create_engine()`, with its defaults; see `EngineOptions`. What is
+            in `connect_args` wins over the URL, in its `server_settings` each by itself.
+
+    Raises:
+        TypeError: If there is no such option.
+        ValueError: If an option has no sense, or the URL says what asyncpg does not support.
+    """
+    _check(ping_after_idle, options)
+    has_ping = options.pop("pool_pre_ping", False)
+    dialect = url.get_dialect()
+    if dialect.driver == "asyncpg":
+        url, arguments = translate_libpq_url(url)
+        options["connect_args"] = _merge(arguments, options.get("connect_args", {}))
+    if dialect.name == "sqlite":
+        engine = _create_sqlite_engine(url, options)
+    else:
+        engine = create_async_engine(url, **options)
+    if has_ping:
+        ping_idle_connections(engine.sync_engine, ping_after_idle)
+    return engine
+
+
+def _read_url(url: str | URL) -> URL:
+    if isinstance(url, URL):
+        return url
+    if not isinstance(url, str):
+        raise TypeError(f"url must be a str or a sqlalchemy.URL, not {type(url).__name__}")
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # SQLAlchemy 2.0 shows the whole string; int() what stands where the port should.
+        raise ValueError(
+            "the database URL cannot be read: it should be like "
+            "'postgresql://user:password@host:5432/database'"
+        ) from None
+    # With an @ in the password, SQLAlchemy takes what follows it for the host, and shows that.
+    place, _, query = url.partition("@")[2].partition("?")
+    keys = (item.partition("=")[0] for item in query.split("&"))
+    if parsed.host and any("@" in part for part in (place, *keys)):
+        raise ValueError(
+            "the database URL has more than one @: write %40 for one in the user name or the "
+            "password, or give the password apart"
+        )
+    return parsed
+
+
+def _choose_driver(url: URL) -> URL:
+    backend, plus, driver = url.drivername.partition("+")
+    backend = "postgresql" if backend == "postgres" else backend
+    url = url.set(
+        drivername=backend + plus + driver if plus else _ASYNC_DRIVERS.get(backend, backend)
+    )
+    try:
+        dialect = url.get_dialect()
+    except NoSuchModuleError:
+        raise ValueError(f"SQLAlchemy knows no database driver {url.drivername!r}") from None
+    # psycopg and oracledb have one name for both: the dialect that is not async knows the other.
+    if not dialect.get_async_dialect_cls(url).is_async:
+        proposal = repr(_ASYNC_DRIVERS[backend]) if backend in _ASYNC_DRIVERS else "an async one"
+        raise ValueError(f"the driver {dialect.driver!r} is not async: use {proposal}")
+    return url
+
+
+def _hide_password(url: URL) -> URL:
+    # libpq reads user and password there too. SQLAlchemy hides only the one before the host.
+    if url.get_backend_name() == "sqlite":
+        return url
+    user, password = (_last(url.query.get(key)) for key in ("user", "password"))
+    url = url.difference_update_query(["user", "password"])
+    return url.set(username=user or url.username, password=password or url.password)
+
+
+def _last(value: str | Sequence[str] | None) -> str | None:
+    return value if value is None or isinstance(value, str) else value[-1]
+
+
+def _check(ping_after_idle: float, options: EngineOptions) -> None:
+    if unknown := options.keys() - EngineOptions.__optional_keys__:
+        raise TypeError(f"there is no engine option {', '.join(map(repr, sorted(unknown)))}")
+    for name, minimum in _MINIMUM.items():
+        value: Any = options.get(name, minimum)
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        if not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {value}")
+    if not ping_after_idle > 0:
+        raise ValueError(f"ping_after_idle must be more than 0 seconds, not {ping_after_idle}")
+
+
+def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = arguments | given
+    if "server_settings" in arguments:
+        settings = given.get("server_settings") or {}
+        merged["server_settings"] = arguments["server_settings"] | settings
+    return merged
+
+
+def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
+    if "autocommit" in options.get("connect_args", {}):
+        raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
+    if url.database in (None, "", ":memory:") and "poolclass" not in options:
+        # SQLAlchemy would share the connection, and its transaction, among all who ask at once:
+        # the rollback of one would undo what another has written.
+        options["poolclass"] = AsyncAdaptedQueuePool
+        options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
+    engine = create_async_engine(url, **options)
+    event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
+    event.listen(engine.sync_engine, "begin", _begin)
+    return engine
+
+
+def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    # The driver would begin only before INSERT, UPDATE or DELETE: neither a savepoint nor DDL
+    # before it would be part of the transaction. SQLAlchemy's page also tells to set this attribute
+    # to None, but that means AUTOCOMMIT to SQLAlchemy; having begun already, the driver does not.
+    driver: Any = connection.connection.dbapi_connection
+    if driver.isolation_level is not None:
+        connection.exec_driver_sql(f"BEGIN {driver.isolation_level}")

@@ -1,0 +1,125 @@
+"""What a URL made for libpq says, in the words of asyncpg."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy import URL
+
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+# asyncpg takes these in a DSN only, where they mean what they mean to libpq.
+_TLS_KEYS = {
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "sslcrl",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+}
+
+# Sent to the server as they are, which is what libpq does with them.
+_SERVER_SETTINGS = {"application_name", "options"}
+
+_READ_BY_SQLALCHEMY = {"host", "port", "plugin", "prepared_statement_cache_size"}
+
+# What asyncpg does anyway, or what it cannot do and hosts print in every URL of theirs.
+_DROPPED = {
+    "channel_binding": ("disable", "prefer", "require"),
+    "gssencmode": ("disable", "prefer"),
+}
+
+
+def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
+    """Take out of the query of `url` what asyncpg cannot read, as arguments that it can.
+
+    `channel_binding` is dropped, `require` too: asyncpg has none. What keeps an impostor away from
+    the password is then `sslmode=verify-full` alone.
+
+    Args:
+        url: A URL of a dialect on asyncpg.
+
+    Returns:
+        The URL without what was translated, and the arguments of `asyncpg.connect()`.
+
+    Raises:
+        ValueError: If there is a key, or a value, that asyncpg has nothing for.
+    """
+    kept: dict[str, str | tuple[str, ...]] = {}
+    arguments: dict[str, Any] = {}
+    settings: dict[str, str] = {}
+    tls: dict[str, str] = {}
+    for key, values in url.query.items():
+        value = values if isinstance(values, str) else values[-1]
+        if key in _READ_BY_SQLALCHEMY:
+            kept[key] = values
+        elif not value:
+            continue  # means the default to libpq
+        elif key in _TLS_KEYS or key == "ssl":  # SQLAlchemy's documentation says ssl=
+            tls["sslmode" if key == "ssl" else key] = value
+        elif key in _SERVER_SETTINGS:
+            settings[key] = value
+        elif key in _ARGUMENTS:
+            name, convert = _ARGUMENTS[key]
+            arguments[name] = _convert(key, value, convert)
+        elif value not in _DROPPED.get(key, ()):
+            said = f"{key}={value}" if key in _DROPPED else key
+            raise ValueError(f"asyncpg does not support {said!r}, which is in the URL's query")
+    if settings:
+        arguments["server_settings"] = settings
+    return url.set(query=kept), arguments | _tls_arguments(tls)
+
+
+def _tls_arguments(tls: dict[str, str]) -> dict[str, Any]:
+    mode = tls.get("sslmode")
+    if mode is not None and mode not in _SSL_MODES:
+        raise ValueError(f"sslmode must be one of {', '.join(_SSL_MODES)}, not {mode!r}")
+    if tls.get("sslrootcert") == "system":
+        return {"ssl": _system_context(tls)}
+    return {"dsn": f"postgresql://?{urlencode(tls)}"} if tls else {}
+
+
+def _system_context(tls: dict[str, str]) -> ssl.SSLContext:
+    # To asyncpg "system" is the name of a file. libpq allows it with verify-full only, its default
+    # then: whoever has a certificate that the system trusts would be let in.
+    if tls.get("sslmode", "verify-full") != "verify-full":
+        raise ValueError("sslrootcert=system needs sslmode=verify-full")
+    if others := tls.keys() - {"sslmode", "sslrootcert", "sslcert", "sslkey"}:
+        raise ValueError(f"{', '.join(sorted(others))}: not supported with sslrootcert=system")
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["postgresql"])  # which servers ask for with sslnegotiation=direct
+    if "sslcert" in tls:
+        context.load_cert_chain(tls["sslcert"], tls.get("sslkey"))
+    return context
+
+
+def _convert(key: str, value: str, convert: Callable[[str], Any]) -> Any:
+    try:
+        return convert(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{value!r} is no value for {key!r}, in the URL's query") from None
+
+
+def _connect_timeout(value: str) -> float | None:
+    seconds = float(value)
+    return seconds if seconds > 0 else None  # libpq: no limit
+
+
+_ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "connect_timeout": ("timeout", _connect_timeout),
+    "sslnegotiation": ("direct_tls", {"postgres": False, "direct": True}.__getitem__),
+    "target_session_attrs": ("target_session_attrs", str),
+    "passfile": ("passfile", str),
+    "krbsrvname": ("krbsrvname", str),
+    "gsslib": ("gsslib", str),
+    # asyncpg's own, for which SQLAlchemy hands it strings.
+    "timeout": ("timeout", float),
+    "command_timeout": ("command_timeout", float),
+    "statement_cache_size": ("statement_cache_size", int),
+    "max_cached_statement_lifetime": ("max_cached_statement_lifetime", int),
+    "max_cacheable_statement_size": ("max_cacheable_statement_size", int),
+}
