@@ -25,6 +25,7 @@ from context_async_sqlalchemy.exceptions import (
     ContextClosedError,
     ContextNotInitiatedError,
 )
+from context_async_sqlalchemy.pools import PoolStatus
 from context_async_sqlalchemy.retry import is_transient_error, retry_on_transient_error
 from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy.session import (
@@ -45,6 +46,7 @@ __all__ = [
     "ContextClosedError",
     "ContextNotInitiatedError",
     "DBConnect",
+    "PoolStatus",
     "atomic_db_session",
     "auto_commit_by_status_code",
     "close_all_sessions",

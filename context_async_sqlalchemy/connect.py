@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Any, Self, Unpack
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from context_async_sqlalchemy.guards import guard, retire
-from context_async_sqlalchemy.shield import run_to_completion
+from context_async_sqlalchemy.engine import (
+    EngineOptions,
+    create_engine,
+    is_in_memory,
+    parse_url,
+    set_host,
+)
+from context_async_sqlalchemy.engines import Engines, SessionMaker
+from context_async_sqlalchemy.pools import PoolStatus, close_idle_connections, pool_status
+from context_async_sqlalchemy.redaction import hide_password
+from context_async_sqlalchemy.release import close_sessions
+from context_async_sqlalchemy.shield import logger
 
 _numbers = itertools.count(1)
 
@@ -21,12 +31,15 @@ _numbers = itertools.count(1)
 class DBConnect:
     """One database as the application sees it.
 
-    Make it at import time: nothing is opened until a session is asked for. The engine belongs to
-    the event loop that made it; used on another loop, the connect makes itself a new one.
+    Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
+    event loop that made it; on another loop the connect makes itself another one. It can be closed
+    by `async with`.
 
     Args:
-        engine_creator: Called with the host; returns the `AsyncEngine` for it.
-        session_maker_creator: Called with that engine; returns its `async_sessionmaker`.
+        engine_creator: Called with the host; returns the `AsyncEngine` for it, or something to
+            await for it, as an async function does that fetches an access token.
+        session_maker_creator: Called with that engine; returns its `async_sessionmaker`, or
+            something to await for it.
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
         before_create_session_handler: Awaited with this connect before each session is made; may
             call `change_host`. Default None.
@@ -41,8 +54,8 @@ class DBConnect:
 
     def __init__(
         self,
-        engine_creator: Callable[[str], AsyncEngine],
-        session_maker_creator: Callable[[AsyncEngine], async_sessionmaker[AsyncSession]],
+        engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],
+        session_maker_creator: Callable[[AsyncEngine], Awaitable[SessionMaker] | SessionMaker],
         host: str | None = None,
         before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None = None,
     ) -> None:
@@ -54,26 +67,106 @@ class DBConnect:
             _check_host(host)
 
         self.context_key = f"connect-{next(_numbers)}"
-        self._engine_creator = engine_creator
-        self._session_maker_creator = session_maker_creator
-        self._host = host
+        self._engines = Engines(engine_creator, session_maker_creator, host)
+        self._needs_host = True
         self._before_create_session_handler = before_create_session_handler
-        self._engine: AsyncEngine | None = None
-        self._session_maker: async_sessionmaker[AsyncSession] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        password: str | None = None,
+        *,
+        before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        ping_after_idle: float = 1.0,
+        idle_timeout: float | None = None,
+        min_idle: int = 0,
+        **engine_options: Unpack[EngineOptions],
+    ) -> Self:
+        """Make a connect for a database URL; opens nothing.
+
+            connect = DBConnect.from_url("postgresql://app@db.example.com/shop", password)
+
+        See `create_engine` in `context_async_sqlalchemy.engine` for what is set for each database:
+        TLS as in the URLs of hosted PostgreSQL, savepoints and foreign keys of SQLite.
+
+        Args:
+            url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`)
+                gets asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy.
+            password: The password as it is, with nothing percent-encoded. Default None: that of the
+                URL.
+            before_create_session_handler: As of `DBConnect`. Its `change_host` replaces the host of
+                the URL, and the port, if it is given as "host:port". Default None.
+            session_options: What `async_sessionmaker` takes; `expire_on_commit` is False unless it
+                is given here. Default None.
+            ping_after_idle: With `pool_pre_ping=True`, ping a connection only when it has lain in
+                the pool for longer than this, in seconds. Default 1.
+            idle_timeout: Close a connection that has lain in the pool for longer than this, in
+                seconds. The pool then hands out the one that was used last. Default None: never.
+            min_idle: How many connections `idle_timeout` leaves in the pool. Default 0.
+            **engine_options: Of `sqlalchemy.create_engine()`, with its defaults: `pool_size`,
+                `max_overflow`, `pool_timeout`, `pool_recycle`, `pool_pre_ping`, `isolation_level`,
+                `connect_args`, `echo`, and so on.
+
+        Raises:
+            TypeError: If an option is not known, or of the wrong type.
+            ValueError: If the URL cannot be read, its driver is not async, or an option has no
+                sense.
+        """
+        database = parse_url(url, password)
+        options = {"expire_on_commit": False, **(session_options or {})}
+        if idle_timeout is not None:
+            _check_idle_options(database, idle_timeout, min_idle)
+            engine_options.setdefault("pool_use_lifo", True)
+        elif min_idle:
+            raise ValueError("min_idle needs an idle_timeout")
+
+        def engine_creator(host: str | None) -> AsyncEngine:
+            engine = create_engine(
+                set_host(database, host), ping_after_idle=ping_after_idle, **engine_options.copy()
+            )
+            if idle_timeout is not None:
+                close_idle_connections(engine, idle_timeout, min_idle)
+            return engine
+
+        # What is wrong is told now, not when the first session is made.
+        async_sessionmaker(engine_creator(database.host), **options)()
+
+        connect = cls(
+            engine_creator,
+            lambda engine: async_sessionmaker(engine, **options),
+            database.host,
+            before_create_session_handler,
+        )
+        connect._needs_host = False
+        return connect
 
     def __repr__(self) -> str:
-        return f"<DBConnect {self.context_key} host={self._host!r}>"
+        # The host may be a whole URL, if that is what the engine_creator takes.
+        host = hide_password(self.host) if self.host is not None else None
+        return f"<DBConnect {self.context_key} host={host!r}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
 
     @property
     def host(self) -> str | None:
         """The host that new sessions talk to; None if none was given yet."""
-        return self._host
+        return self._engines.host
 
     @property
     def engine(self) -> AsyncEngine | None:
         """The engine in use; None until the first session, and after `close`."""
-        return self._engine
+        return self._engines.here()
 
     async def connect(self, host: str) -> None:
         """Make the engine for `host` and put it in the place of the one in use.
@@ -89,14 +182,12 @@ class DBConnect:
             ValueError: If `host` is empty.
         """
         _check_host(host)
-        retired = self._engine_to_retire()
-        self._open(host)
-        # A creator may keep its engines, and return the one in use.
-        if retired is not None and retired is not self._engine:
-            await run_to_completion(retire(retired))
+        await self._engines.switch(host, anew=True)
 
     async def change_host(self, host: str) -> None:
         """Switch to `host` as `connect` does; do nothing if it is the host already.
+
+        Several calls at the same time make one engine.
 
         Args:
             host: The host to talk to from now on.
@@ -105,8 +196,19 @@ class DBConnect:
             TypeError: If a creator returns something that cannot be used.
             ValueError: If `host` is empty.
         """
-        if host != self._host:
-            await self.connect(host)
+        _check_host(host)
+        if host != self.host:
+            await self._engines.switch(host, anew=False)
+
+    async def create_engine(self, host: str) -> AsyncEngine:
+        """Make an engine for `host` that belongs to the caller, who disposes of it.
+
+        Raises:
+            TypeError: If the creator returns something that cannot be used.
+            ValueError: If `host` is empty.
+        """
+        _check_host(host)
+        return await self._engines.make_engine(host)
 
     async def create_session(self) -> AsyncSession:
         """Make a session that belongs to the caller, in no context.
@@ -123,7 +225,7 @@ class DBConnect:
             )
         return session  # type: ignore[return-value]  # duck-typed: users' tests pass mocks
 
-    async def session_maker(self) -> async_sessionmaker[AsyncSession]:
+    async def session_maker(self) -> SessionMaker:
         """Run the handler, then return the sessionmaker, made on the first call.
 
         Raises:
@@ -132,37 +234,95 @@ class DBConnect:
         """
         if self._before_create_session_handler is not None:
             await self._before_create_session_handler(self)
-        if self._session_maker is not None and not self._is_of_another_loop():
-            return self._session_maker
-        if self._host is None:
+        if self.host is None and self._needs_host:
             raise ValueError("host is not set")
-        return self._open(self._host)
+        return (await self._engines.get()).session_maker
+
+    async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
+        """Ask the database for an answer, on a session of its own.
+
+        Args:
+            timeout: The seconds to wait for it, a free connection included. Default 5.
+
+        Raises:
+            TimeoutError: If there is no answer in time.
+            Exception: What SQLAlchemy or the driver raise, if the database cannot be reached.
+        """
+        async with asyncio.timeout(timeout):
+            await self._execute(select(1))
+
+    async def wait_until_ready(
+        self, statement: Select[Any] | None = None, attempts: int = 5, delay: float = 2.0
+    ) -> None:
+        """Wait for a database, a network or a proxy that is not up yet when a process starts.
+
+        Each failure is logged, without the password.
+
+        Args:
+            statement: Run with `.limit(1)`, to see whether its tables are there too. Default None:
+                SELECT 1.
+            attempts: How often to try at most. Default 5.
+            delay: The seconds between two attempts. Default 2.
+
+        Raises:
+            TypeError: If a creator returns something that cannot be used.
+            ValueError: If there is no host, `attempts` is less than 1, or `delay` less than 0.
+            Exception: What the last attempt raised.
+        """
+        if attempts < 1 or delay < 0:
+            raise ValueError("attempts must be at least 1, and delay at least 0 seconds")
+        for attempt in range(1, attempts + 1):
+            try:
+                await self._execute(select(1) if statement is None else statement.limit(1))
+            except (TypeError, ValueError):
+                raise  # a mistake in the program, which does not go away
+            except Exception as error:
+                reason = hide_password(str(error), self.engine)
+                logger.warning(
+                    "The database of %r is not ready (attempt %s of %s): %s: %s",
+                    self,
+                    attempt,
+                    attempts,
+                    type(error).__name__,
+                    reason,
+                )
+                if attempt == attempts:
+                    raise
+                await asyncio.sleep(delay)
+            else:
+                return
+
+    def pool_status(self) -> PoolStatus:
+        """Count the connections of the engine in use; all zero if there is none."""
+        return pool_status(self.engine) if self.engine is not None else PoolStatus()
 
     async def close(self) -> None:
-        """Dispose of the engine, if there is one. A session asked for later makes a new one."""
-        retired = self._engine_to_retire()
-        self._engine = self._session_maker = self._loop = None
-        if retired is not None:
-            await run_to_completion(retire(retired))
+        """Close the engines, if there are any. A session asked for later makes a new one.
 
-    def _open(self, host: str) -> async_sessionmaker[AsyncSession]:
-        # Not a coroutine: with no await between the check of a caller and the assignment here,
-        # concurrent callers make one engine, without a lock.
-        loop = asyncio.get_running_loop()
-        engine = _check_engine(self._engine_creator(host))
-        session_maker = _check_session_maker(self._session_maker_creator(engine))
-        guard(engine)
-        self._host, self._loop = host, loop
-        self._engine, self._session_maker = engine, session_maker
-        return session_maker
+        Sessions in flight finish; their connections are closed as they come back.
+        """
+        await self._engines.close()
 
-    def _engine_to_retire(self) -> AsyncEngine | None:
-        # The connections of another loop's engine cannot be used here, nor closed: asyncpg would
-        # wait on a loop that does not run. Such an engine is only dropped.
-        return None if self._is_of_another_loop() else self._engine
+    async def _execute(self, statement: Executable) -> None:
+        session = await self.create_session()
+        try:
+            await session.execute(statement)
+        finally:
+            await close_sessions([session])
 
-    def _is_of_another_loop(self) -> bool:
-        return self._loop is not None and self._loop is not asyncio.get_running_loop()
+    # People reach for these two.
+
+    @property
+    def _engine(self) -> AsyncEngine | None:
+        return self._engines.here()
+
+    @_engine.setter
+    def _engine(self, engine: AsyncEngine) -> None:
+        self._engines.put_by_hand = engine
+
+    @property
+    def _session_maker(self) -> SessionMaker | None:
+        return self._engines.latest.session_maker if self._engines.latest is not None else None
 
 
 def _check_host(host: str) -> None:
@@ -175,27 +335,10 @@ def _check_callable(name: str, value: object) -> None:
         raise TypeError(f"{name} must be callable, not {type(value).__name__}")
 
 
-def _check_engine(engine: Any) -> AsyncEngine:
-    _check_not_coroutine("engine_creator", engine)
-    if isinstance(engine, Engine) or not hasattr(engine, "dispose"):
-        raise TypeError(
-            f"engine_creator must return an AsyncEngine, not {type(engine).__name__}: "
-            "make it with create_async_engine()"
-        )
-    return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
-
-
-def _check_session_maker(session_maker: Any) -> async_sessionmaker[AsyncSession]:
-    _check_not_coroutine("session_maker_creator", session_maker)
-    if not callable(session_maker):
-        raise TypeError(
-            "session_maker_creator must return an async_sessionmaker, "
-            f"not {type(session_maker).__name__}"
-        )
-    return session_maker  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
-
-
-def _check_not_coroutine(creator: str, made: object) -> None:
-    if inspect.iscoroutine(made):
-        made.close()
-        raise TypeError(f"{creator} must be a plain function, not a coroutine function")
+def _check_idle_options(url: URL, idle_timeout: float, min_idle: int) -> None:
+    if idle_timeout <= 0:
+        raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
+    if min_idle < 0:
+        raise ValueError(f"min_idle must be at least 0, not {min_idle}")
+    if is_in_memory(url):
+        raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")

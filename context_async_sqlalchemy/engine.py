@@ -133,6 +133,29 @@ def create_engine(
     return engine
 
 
+def set_host(url: URL, host: str | None) -> URL:
+    """Put another host, or "host:port", into a URL; None leaves it.
+
+    Raises:
+        ValueError: If the database has no host.
+    """
+    if host is None or host == url.host:
+        return url
+    if url.get_backend_name() == "sqlite":
+        raise ValueError(f"an SQLite database is a file, and has no host {host!r}")
+    url = url.difference_update_query(["host", "port"])
+    name, _, port = host.rpartition(":")
+    is_bare_ipv6 = ":" in name and not name.endswith("]")
+    if not name or is_bare_ipv6 or not port.isdecimal():
+        return url.set(host=host)
+    return url.set(host=name.strip("[]"), port=int(port))
+
+
+def is_in_memory(url: URL) -> bool:
+    """Return whether it is a database of SQLite's that no other connection can see."""
+    return url.get_backend_name() == "sqlite" and url.database in {None, "", ":memory:"}
+
+
 def _read_url(url: str | URL) -> URL:
     if isinstance(url, URL):
         return url
@@ -211,7 +234,7 @@ def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
     if "autocommit" in options.get("connect_args", {}):
         raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
-    if url.database in (None, "", ":memory:") and "poolclass" not in options:
+    if is_in_memory(url) and "poolclass" not in options:
         # SQLAlchemy would share the connection, and its transaction, among all who ask at once:
         # the rollback of one would undo what another has written.
         options["poolclass"] = AsyncAdaptedQueuePool

@@ -194,7 +194,8 @@ async def _atomic_db_session(
         if current_transaction == "raise":
             raise InvalidRequestError(
                 "A transaction is open already on the database session of this context: commit it "
-                'first, or choose "commit", "rollback", "append" or "savepoint" as current_transaction.'
+                'first, or choose "commit", "rollback", "append" or "savepoint" as '
+                "current_transaction."
             )
         if current_transaction == "commit":
             await commit_session(session)

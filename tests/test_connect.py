@@ -11,7 +11,12 @@ from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 from sqlalchemy import URL, create_engine, text
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
@@ -136,20 +141,14 @@ async def test_a_failing_creator_or_handler_leaves_the_engine_in_place(
 ) -> None:
     fail = Mock(side_effect=OSError("no such host"))
     handler = AsyncMock()
+    engine_creator = Mock(side_effect=creators.engine)
+    session_maker_creator = Mock(side_effect=creators.session_maker)
     connect = DBConnect(
-        creators.engine,
-        creators.session_maker,
-        host="a",
-        before_create_session_handler=handler,
+        engine_creator, session_maker_creator, host="a", before_create_session_handler=handler
     )
     await connect.create_session()
-    match broken:
-        case "engine":
-            connect._engine_creator = fail
-        case "session_maker":
-            connect._session_maker_creator = fail
-        case "handler":
-            handler.side_effect = lambda _: fail()
+    part = {"engine": engine_creator, "session_maker": session_maker_creator, "handler": handler}
+    part[broken].side_effect = fail
 
     with pytest.raises(OSError, match="no such host"):
         await (connect.create_session() if broken == "handler" else connect.change_host("b"))
@@ -215,13 +214,12 @@ async def test_a_cancelled_change_of_hosts_leaves_no_connection(
 
 
 async def test_a_creator_may_keep_its_engines(database_url: URL, database: Database) -> None:
-    made = make_connect(database_url)
     engines: dict[str, AsyncEngine] = {}
 
     def engine_of(host: str) -> AsyncEngine:
-        return engines.setdefault(host, made._engine_creator(host))
+        return engines.setdefault(host, create_async_engine(database_url.set(host=host)))
 
-    connect = DBConnect(engine_of, made._session_maker_creator, host="127.0.0.1")
+    connect = DBConnect(engine_of, async_sessionmaker, host="127.0.0.1")
     pids = []
     for host in ("localhost", "127.0.0.1", "127.0.0.1"):
         await connect.connect(host)
@@ -291,7 +289,7 @@ def test_a_creator_that_is_not_callable_is_refused(creators: Creators, name: str
 
 
 async def _coroutine(_: object) -> None:
-    """Stand for a creator that was made a coroutine function."""
+    """Stand for an async creator that returns nothing."""
 
 
 @pytest.mark.parametrize(
@@ -299,7 +297,7 @@ async def _coroutine(_: object) -> None:
     [
         (lambda _: None, "must return an AsyncEngine, not NoneType"),
         (lambda _: create_engine("sqlite://"), r"make it with create_async_engine\(\)"),
-        (_coroutine, "engine_creator must be a plain function"),
+        (_coroutine, "must return an AsyncEngine, not NoneType"),
     ],
 )
 async def test_an_engine_creator_that_returns_the_wrong_thing_is_refused(
@@ -316,7 +314,7 @@ async def test_an_engine_creator_that_returns_the_wrong_thing_is_refused(
     [
         (lambda _: None, "must return an async_sessionmaker, not NoneType"),
         (lambda _: sessionmaker(), "makes sync sessions"),
-        (_coroutine, "session_maker_creator must be a plain function"),
+        (_coroutine, "must return an async_sessionmaker, not NoneType"),
     ],
 )
 async def test_a_session_maker_creator_that_returns_the_wrong_thing_is_refused(

@@ -1,0 +1,142 @@
+"""The engines of a connect: one at a time on each event loop, made when it is first needed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+from context_async_sqlalchemy.guards import guard, retire
+from context_async_sqlalchemy.loops import PerLoop
+from context_async_sqlalchemy.pools import count_connections, finish_closing
+from context_async_sqlalchemy.shield import run_to_completion
+
+T = TypeVar("T")
+SessionMaker: TypeAlias = async_sessionmaker[AsyncSession]
+
+
+class Opened(NamedTuple):
+    """An engine, its sessionmaker, and the host they talk to."""
+
+    host: str | None
+    engine: AsyncEngine
+    session_maker: SessionMaker
+
+
+class _Place:
+    """What an event loop has."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()  # creators may wait, and shall not be called twice
+        self.opened: Opened | None = None
+
+
+class Engines:
+    """The engines of a connect.
+
+    Attributes:
+        host: The host to talk to.
+        latest: The engine that was opened last, whose connections nobody has closed.
+        put_by_hand: An engine that somebody else made; it is closed with the others.
+    """
+
+    def __init__(
+        self,
+        engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],
+        session_maker_creator: Callable[[AsyncEngine], Awaitable[SessionMaker] | SessionMaker],
+        host: str | None,
+    ) -> None:
+        self.host = host
+        self.latest: Opened | None = None
+        self.put_by_hand: AsyncEngine | None = None
+        self._engine_creator = engine_creator
+        self._session_maker_creator = session_maker_creator
+        self._places = PerLoop(_Place)
+
+    async def get(self) -> Opened:
+        """Return what the running loop has for the host; make it if need be."""
+        place = self._places.here()
+        if (opened := place.opened) is not None and opened.host == self.host:
+            return opened
+        async with place.lock:
+            if (opened := place.opened) is None or opened.host != self.host:
+                opened = await self._make(self.host)
+                await self._put(place, opened)
+            return opened
+
+    async def switch(self, host: str, *, anew: bool) -> None:
+        """Talk to `host` from now on, with a new engine even if it is the host already."""
+        place = self._places.here()
+        async with place.lock:
+            if anew or host != self.host:
+                opened = await self._make(host)
+                self.host = host
+                await self._put(place, opened)
+
+    async def close(self) -> None:
+        """Close every engine, those of other loops in theirs."""
+        place = self._places.here()
+        async with place.lock:
+            engines = [place.opened.engine] if place.opened is not None else []
+            if self.put_by_hand is not None:
+                engines.append(self.put_by_hand)
+            place.opened = self.latest = self.put_by_hand = None
+            if engines:
+                await run_to_completion(close_engines(*engines))
+        for loop, other in self._places.elsewhere():
+            if other.opened is not None:
+                asyncio.run_coroutine_threadsafe(close_engines(other.opened.engine), loop)
+                other.opened = None
+
+    def here(self) -> AsyncEngine | None:
+        """Return the engine of the running loop, or else the one that was opened last."""
+        opened = self.latest
+        if opened is not None and asyncio._get_running_loop() is not None:
+            opened = self._places.here().opened or opened
+        return opened.engine if opened is not None else self.put_by_hand
+
+    async def make_engine(self, host: str) -> AsyncEngine:
+        """Make an engine that belongs to the caller."""
+        return _check_engine(await _result_of(self._engine_creator(host)))
+
+    async def _make(self, host: str | None) -> Opened:
+        engine = await self.make_engine(host)  # type: ignore[arg-type]  # None: its URL has none
+        session_maker: Any = await _result_of(self._session_maker_creator(engine))
+        if not callable(session_maker):
+            raise TypeError(
+                "session_maker_creator must return an async_sessionmaker, "
+                f"not {type(session_maker).__name__}"
+            )
+        guard(engine)
+        count_connections(engine)
+        return Opened(host, engine, session_maker)
+
+    async def _put(self, place: _Place, opened: Opened) -> None:
+        retired, place.opened, self.latest = place.opened, opened, opened
+        # A creator may keep its engines, and return the one in use.
+        if retired is not None and retired.engine is not opened.engine:
+            await run_to_completion(close_engines(retired.engine))
+
+
+async def close_engines(*engines: AsyncEngine) -> None:
+    """Close the connections of engines: the idle ones now, the others as they come back."""
+    for engine in engines:
+        await retire(engine)
+        await finish_closing(engine)
+
+
+async def _result_of(made: Awaitable[T] | T) -> T:
+    return await made if inspect.isawaitable(made) else made
+
+
+def _check_engine(engine: Any) -> AsyncEngine:
+    if isinstance(engine, Engine) or not hasattr(engine, "dispose"):
+        raise TypeError(
+            f"engine_creator must return an AsyncEngine, not {type(engine).__name__}: "
+            "make it with create_async_engine()"
+        )
+    return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks

@@ -1,0 +1,162 @@
+"""What is in a pool, and closing what has lain there for long."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from itertools import islice
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Engine, PoolProxiedConnection, QueuePool, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
+
+from context_async_sqlalchemy.shield import logger
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """The connections of a pool, counted.
+
+    Attributes:
+        size: How many the pool keeps open at most while nobody uses them.
+        checked_in: How many are open and not in use.
+        checked_out: How many are in use.
+        overflow: How many there are beyond `size`.
+        capacity: How many there can be at a time; None if there is no limit.
+    """
+
+    size: int = 0
+    checked_in: int = 0
+    checked_out: int = 0
+    overflow: int = 0
+    capacity: int | None = None
+
+
+def pool_status(engine: AsyncEngine) -> PoolStatus:
+    """Count the connections of `engine`, which `count_connections` has to know."""
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):  # NullPool and its like count nothing themselves
+        count = _counts.get(engine.sync_engine)
+        return PoolStatus(checked_out=count.checked_out if count is not None else 0)
+    size, limit = pool.size(), pool._max_overflow
+    idle = _idle.get(engine.sync_engine)
+    return PoolStatus(
+        size=size,
+        # The pool counts the slots whose connection was closed, too.
+        checked_in=pool.checkedin() if idle is None else idle.count(),
+        checked_out=pool.checkedout(),
+        overflow=max(pool.overflow(), 0),
+        capacity=None if size == 0 or limit < 0 else size + limit,
+    )
+
+
+def count_connections(engine: AsyncEngine) -> None:
+    """Count what is in use from now on, where the pool does not."""
+    sync_engine = getattr(engine, "sync_engine", None)
+    if not isinstance(sync_engine, Engine):
+        return  # users' tests pass mocks
+    if not isinstance(sync_engine.pool, QueuePool) and sync_engine not in _counts:
+        _counts[sync_engine] = _Count(sync_engine)
+
+
+def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -> None:
+    """Close the connections of `engine` that nobody has used for long.
+
+    Args:
+        engine: Whose pool to watch.
+        timeout: How long a connection may lie in the pool, in seconds.
+        min_idle: How many to leave there all the same: those that were used last.
+    """
+    _idle[engine.sync_engine] = _IdleConnections(engine.sync_engine, timeout, min_idle)
+
+
+async def finish_closing(engine: AsyncEngine) -> None:
+    """Leave no timer and no task of `close_idle_connections`."""
+    sync_engine = getattr(engine, "sync_engine", None)
+    if isinstance(sync_engine, Engine) and sync_engine in _idle:
+        await _idle[sync_engine].finish()
+
+
+class _Count:
+    def __init__(self, engine: Engine) -> None:
+        self.checked_out = 0
+        event.listen(engine, "checkout", self._on_checkout)
+        event.listen(engine, "checkin", self._on_checkin)
+
+    def _on_checkout(self, *_: object) -> None:
+        self.checked_out += 1
+
+    def _on_checkin(self, *_: object) -> None:
+        self.checked_out -= 1
+
+
+class _IdleConnections:
+    """Those that lie in the pool, and since when; the one that lies there longest is the first."""
+
+    def __init__(self, engine: Engine, timeout: float, min_idle: int) -> None:
+        self._dialect = engine.dialect
+        self._timeout = timeout
+        self._min_idle = min_idle
+        self._since: dict[ConnectionPoolEntry, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        event.listen(engine, "checkout", self._on_checkout)
+        event.listen(engine, "checkin", self._on_checkin)
+
+    def count(self) -> int:
+        return sum(entry.dbapi_connection is not None for entry in self._since)
+
+    async def finish(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._since.clear()
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _on_checkout(
+        self, _: DBAPIConnection, entry: ConnectionPoolEntry, __: PoolProxiedConnection
+    ) -> None:
+        self._since.pop(entry, None)
+
+    def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # the garbage collector returns what the end of a loop left behind
+            return
+        self._since[entry] = loop.time()
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout, self._close_expired, loop)
+
+    def _close_expired(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        # The pool has closed what it had no room for, and what was invalid, after its return.
+        self._since = {e: t for e, t in self._since.items() if e.dbapi_connection is not None}
+        spare = len(self._since) - self._min_idle
+        for entry, since in list(islice(self._since.items(), max(spare, 0))):
+            remaining = since + self._timeout - loop.time()
+            if remaining > 0:
+                self._timer = loop.call_later(remaining, self._close_expired, loop)
+                break
+            del self._since[entry]
+            # Closing awaits, and nobody may get the connection meanwhile: it is taken out of its
+            # slot, in which the pool will open another one.
+            connection = entry.dbapi_connection
+            assert connection is not None
+            entry.dbapi_connection = None  # type: ignore[misc]  # has it, but declares it elsewhere
+            task = loop.create_task(self._close(connection))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close(self, connection: DBAPIConnection) -> None:
+        try:
+            await greenlet_spawn(self._dialect.do_terminate, connection)
+        except Exception:
+            logger.warning("An idle connection failed to close", exc_info=True)
+
+
+_counts: WeakKeyDictionary[Engine, _Count] = WeakKeyDictionary()
+_idle: WeakKeyDictionary[Engine, _IdleConnections] = WeakKeyDictionary()

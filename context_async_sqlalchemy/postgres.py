@@ -1,0 +1,170 @@
+"""Which of several PostgreSQL hosts to talk to: handlers for `before_create_session_handler`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.engines import close_engines
+from context_async_sqlalchemy.loops import PerLoop
+from context_async_sqlalchemy.shield import logger, run_to_completion
+
+Handler: TypeAlias = Callable[[DBConnect], Awaitable[None]]
+
+_BEST = 0
+
+# https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-RECOVERY-INFO
+# A standby that has replayed all it has received is not behind, but only as long as it is connected
+# to its primary. Otherwise its last transaction tells how old it is, which overstates it while the
+# primary writes nothing.
+_STATE = text(
+    """
+    SELECT pg_is_in_recovery() AS is_replica,
+      CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()
+             AND EXISTS (SELECT FROM pg_stat_wal_receiver) THEN 0
+           ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())
+      END AS lag
+    """
+)
+
+
+def keep_on_primary(
+    hosts: Sequence[str], *, check_after: float = 1.0, timeout: float = 2.0
+) -> Handler:
+    """Make a handler that keeps a connect on the primary among `hosts`.
+
+        connect = DBConnect.from_url(
+            "postgresql://app@db1/shop",
+            before_create_session_handler=keep_on_primary(["db1", "db2"]),
+        )
+
+    After a failover it finds the standby that was promoted. The primary is whichever host is not in
+    recovery: it is up to whoever promotes to see to it that there is one only. If there is none,
+    the connect stays where it is, and its errors come through.
+
+    Args:
+        hosts: Of the servers, as the connect's `engine_creator` takes them.
+        check_after: For how many seconds a host that was found is not asked again. Default 1.
+        timeout: How many seconds a host has to answer. Default 2.
+
+    Raises:
+        TypeError: If `hosts` is a string.
+        ValueError: If `hosts` is empty, or has an empty one; or if a time is not above 0.
+    """
+
+    def rank(state: Row[Any]) -> int | None:
+        return None if state.is_replica else _BEST
+
+    return _HostChooser(hosts, rank, "a primary", check_after, timeout)
+
+
+def keep_on_replica(
+    hosts: Sequence[str], *, max_lag: float = 10.0, check_after: float = 1.0, timeout: float = 2.0
+) -> Handler:
+    """Make a handler that keeps a connect on a replica among `hosts` which is not far behind.
+
+    Each process chooses one at random, and another one when that falls behind or does not answer.
+    While there is none, the primary takes over, if it is among the hosts. A replica that has lost
+    its primary counts as behind by the age of the last transaction that it has.
+
+    Args:
+        hosts: Of the servers, as the connect's `engine_creator` takes them.
+        max_lag: How many seconds a replica may be behind. Default 10.
+        check_after: For how many seconds a host that was found is not asked again. Default 1.
+        timeout: How many seconds a host has to answer. Default 2.
+
+    Raises:
+        TypeError: If `hosts` is a string.
+        ValueError: If `hosts` is empty, or has an empty one; or if a time is not above 0.
+    """
+    if not max_lag > 0:
+        raise ValueError(f"max_lag must be more than 0 seconds, not {max_lag}")
+
+    def rank(state: Row[Any]) -> int | None:
+        if not state.is_replica:
+            return _BEST + 1
+        return _BEST if state.lag is not None and state.lag <= max_lag else None
+
+    return _HostChooser(hosts, rank, "a replica", check_after, timeout)
+
+
+class _HostChooser:
+    """Asks the hosts what they are, once in a while, and switches a connect to the best one."""
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        rank: Callable[[Row[Any]], int | None],
+        wanted: str,
+        check_after: float,
+        timeout: float,
+    ) -> None:
+        if isinstance(hosts, str):
+            raise TypeError(f"hosts must be a list of hosts, not one string: [{hosts!r}]")
+        if not hosts or not all(hosts):
+            raise ValueError("hosts must not be empty, nor any of them")
+        for name, seconds in ("check_after", check_after), ("timeout", timeout):
+            if not seconds > 0:
+                raise ValueError(f"{name} must be more than 0 seconds, not {seconds}")
+        self._hosts = list(hosts)
+        self._rank = rank
+        self._wanted = wanted
+        self._check_after = check_after
+        self._timeout = timeout
+        self._locks = PerLoop(asyncio.Lock)
+        self._checked: dict[str, float] = {}
+
+    async def __call__(self, connect: DBConnect) -> None:
+        if self._is_fresh(connect):
+            return
+        async with self._locks.here():  # who comes meanwhile waits for the answer
+            if not self._is_fresh(connect):
+                await self._choose(connect)
+                self._checked[connect.context_key] = time.monotonic()
+
+    def _is_fresh(self, connect: DBConnect) -> bool:
+        checked = self._checked.get(connect.context_key)
+        return checked is not None and time.monotonic() - checked < self._check_after
+
+    async def _choose(self, connect: DBConnect) -> None:
+        host = connect.host
+        if host in self._hosts and await self._ask(connect, host) == _BEST:
+            return
+        ranks = await asyncio.gather(*(self._ask(connect, other) for other in self._hosts))
+        found = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
+        if not found:
+            logger.warning("None of the hosts %s is %s", ", ".join(self._hosts), self._wanted)
+            if host is None:
+                await connect.change_host(self._hosts[0])  # whose error comes through
+            return
+        best = min(found)[0]
+        candidates = [self._hosts[i] for rank, i in found if rank == best]
+        if host not in candidates:
+            await connect.change_host(random.choice(candidates))
+
+    async def _ask(self, connect: DBConnect, host: str) -> int | None:
+        """Return how good a host is, the smaller the better; None if it is of no use."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                # Not a connection of the pool: that may be full, and its host dead.
+                engine = await connect.create_engine(host)
+                try:
+                    return self._rank(await _state_of(engine))
+                finally:
+                    if engine is not connect.engine:
+                        await run_to_completion(close_engines(engine))
+        except Exception as error:
+            logger.info("The host %s does not say what it is: %s", host, type(error).__name__)
+            return None
+
+
+async def _state_of(engine: AsyncEngine) -> Row[Any]:
+    async with engine.connect() as connection:
+        return (await connection.execute(_STATE)).one()
