@@ -131,6 +131,12 @@ class Database:
         """End another connection from the server's side, and wait until it is gone."""
         assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
+    async def is_left_by_all(self) -> None:
+        """Wait until no other connection is left: the server ends one a moment after its client."""
+        async with asyncio.timeout(10):
+            while await self.backends():
+                await asyncio.sleep(0.001)
+
     async def connections(self) -> int:
         """Return how many other connections there are."""
         return len(await self.backends())

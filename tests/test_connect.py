@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import warnings
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
-from sqlalchemy import URL, create_engine, text
+from sqlalchemy import URL, create_engine, event, select, text
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_sessionmaker,
     create_async_engine,
 )
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Mapped, mapped_column, sessionmaker
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from examples.demo import connections_out
 from tests.conftest import Database, make_connect
+from tests.models import Base, Item
+from tests.postgres import free_port
 
 
 def engine_mock() -> Any:
@@ -175,9 +180,9 @@ async def test_a_session_in_flight_finishes_on_the_old_engine_and_leaves_no_conn
         assert await database.connections() == 1
         await first.execute(text("SELECT 1"))
         await first.commit()
-        assert await database.connections() == 0
+        await database.is_left_by_all()
         await first.execute(text("SELECT 1"))
-    assert await database.connections() == 0
+    await database.is_left_by_all()
     assert connections_out(connect) == 0
     await connect.close()
 
@@ -190,7 +195,7 @@ async def test_a_session_in_flight_leaves_no_connection_after_close(
         await session.execute(text("SELECT 1"))
         await connect.close()
         assert await database.connections() == 1
-    assert await database.connections() == 0
+    await database.is_left_by_all()
 
 
 async def test_a_cancelled_change_of_hosts_leaves_no_connection(
@@ -210,7 +215,7 @@ async def test_a_cancelled_change_of_hosts_leaves_no_connection(
         await task
 
     assert connect.host == "localhost"
-    assert await database.connections() == 0
+    await database.is_left_by_all()
 
 
 async def test_a_creator_may_keep_its_engines(database_url: URL, database: Database) -> None:
@@ -227,7 +232,7 @@ async def test_a_creator_may_keep_its_engines(database_url: URL, database: Datab
             pids.append(await session.scalar(text("SELECT pg_backend_pid()")))
     assert pids[1] == pids[2]
     await connect.close()
-    assert await database.connections() == 0
+    await database.is_left_by_all()
 
 
 def test_another_event_loop_gets_an_engine_of_its_own(database_url: URL) -> None:
@@ -323,3 +328,217 @@ async def test_a_session_maker_creator_that_returns_the_wrong_thing_is_refused(
     connect = DBConnect(creators.engine, session_maker_creator, host="a")
     with pytest.raises(TypeError, match=message):
         await connect.create_session()
+
+
+async def test_creators_may_be_awaited(creators: Creators) -> None:
+    async def engine_creator(host: str) -> AsyncEngine:
+        await asyncio.sleep(0)  # an access token is fetched
+        return creators.engine(host)
+
+    async def session_maker_creator(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+        await asyncio.sleep(0)
+        return creators.session_maker(engine)
+
+    connect = DBConnect(engine_creator, session_maker_creator, host="a")
+    sessions = await asyncio.gather(*(connect.create_session() for _ in range(10)))
+    assert len(creators.engines["a"]) == 1
+    await asyncio.gather(*(connect.change_host("b") for _ in range(10)))
+    assert len(creators.engines["b"]) == 1
+    assert creators.engines["a"][0].dispose.await_count == 1
+    assert {session.engine for session in sessions} == {creators.engines["a"][0]}  # type: ignore[attr-defined]
+    await connect.close()
+    assert creators.engines["b"][0].dispose.await_count == 1
+
+
+async def test_sessions_are_made_on_the_old_host_while_the_engine_for_the_new_one_is_made(
+    creators: Creators,
+) -> None:
+    release = asyncio.Event()
+
+    async def engine_creator(host: str) -> AsyncEngine:
+        if host == "b":
+            await release.wait()
+        return creators.engine(host)
+
+    connect = DBConnect(engine_creator, creators.session_maker, host="a")
+    await connect.create_session()
+    switching = asyncio.create_task(connect.change_host("b"))
+    await asyncio.sleep(0)
+    assert (await connect.create_session()).engine is creators.engines["a"][0]  # type: ignore[attr-defined]
+    release.set()
+    await switching
+    assert connect.host == "b"
+    assert (await connect.create_session()).engine is creators.engines["b"][0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_a_creator_that_fails_or_is_cancelled_leaves_nobody_stuck(
+    creators: Creators, how: str
+) -> None:
+    started = asyncio.Event()
+    calls = 0
+
+    async def engine_creator(host: str) -> AsyncEngine:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            started.set()
+            if how == "fails":
+                raise OSError("no token")
+            await asyncio.Event().wait()
+        return creators.engine(host)
+
+    connect = DBConnect(engine_creator, creators.session_maker, host="a")
+    first = asyncio.create_task(connect.create_session())
+    await started.wait()
+    second = asyncio.create_task(connect.create_session())
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises((OSError, asyncio.CancelledError)):
+        await first
+    assert await second
+    assert calls == 2
+
+
+async def test_close_waits_for_an_engine_that_is_being_made(creators: Creators) -> None:
+    release = asyncio.Event()
+
+    async def engine_creator(host: str) -> AsyncEngine:
+        await release.wait()
+        return creators.engine(host)
+
+    connect = DBConnect(engine_creator, creators.session_maker, host="a")
+    making = asyncio.create_task(connect.create_session())
+    await asyncio.sleep(0)
+    closing = [asyncio.create_task(connect.close()) for _ in range(3)]
+    await asyncio.sleep(0)
+    release.set()
+    await making
+    await asyncio.gather(*closing)
+    assert connect.engine is None
+    assert creators.engines["a"][0].dispose.await_count == 1
+
+
+async def test_a_connect_is_closed_by_async_with(creators: Creators) -> None:
+    async with DBConnect(creators.engine, creators.session_maker, host="a") as connect:
+        await connect.create_session()
+    assert connect.engine is None
+    assert creators.engines["a"][0].dispose.await_count == 1
+    async with connect:
+        pass  # nothing was opened
+
+
+async def test_two_loops_at_the_same_time_keep_their_engines_until_both_are_closed(
+    database_url: URL, database: Database
+) -> None:
+    connect, closed = make_connect(database_url), threading.Event()
+    pids: dict[str, set[int]] = {"here": set(), "there": set()}
+    engines: dict[str, set[Any]] = {"here": set(), "there": set()}
+    turns = [threading.Event() for _ in range(2)]
+
+    async def use(place: str) -> None:
+        async with new_non_ctx_session(connect) as session:
+            pid = await session.scalar(text("SELECT pg_backend_pid()"))
+            assert pid is not None
+            pids[place].add(pid)
+            engines[place].add(connect.engine)
+
+    async def there() -> None:
+        for _ in range(5):
+            await use("there")
+            turns[0].set()
+            await asyncio.to_thread(turns[1].wait, 10)
+            turns[1].clear()
+        while not closed.is_set():
+            await asyncio.sleep(0.001)
+
+    thread = asyncio.create_task(asyncio.to_thread(asyncio.run, there()))
+    for _ in range(5):
+        await asyncio.to_thread(turns[0].wait, 10)
+        turns[0].clear()
+        await use("here")
+        turns[1].set()
+    assert len(pids["here"]) == len(pids["there"]) == 1
+    assert len(engines["here"]) == len(engines["there"]) == 1
+    assert engines["here"] != engines["there"]
+    assert await database.connections() == 2
+
+    await connect.close()  # each in its own loop
+    async with asyncio.timeout(10):
+        while await database.connections():
+            await asyncio.sleep(0.001)
+    closed.set()
+    await thread
+
+
+async def test_a_host_that_is_a_url_is_shown_without_its_password(creators: Creators) -> None:
+    url = "postgresql+asyncpg://app:hunter2@db/shop"
+    connect = DBConnect(creators.engine, creators.session_maker, host=url)
+    assert "hunter2" not in repr(connect)
+    assert "app:***@db/shop" in repr(connect)
+
+
+async def test_ping_answers_or_raises(connect: DBConnect, database_url: URL) -> None:
+    await connect.ping()
+    async with make_connect(database_url.set(port=free_port())) as refused:
+        with pytest.raises(ConnectionRefusedError):
+            await refused.ping()
+
+
+async def test_ping_waits_no_longer_than_it_is_told(connect: DBConnect, database: Database) -> None:
+    assert await connect.session_maker()
+    assert connect.engine is not None
+    async with AsyncExitStack() as stack:
+        for _ in range(15):
+            await stack.enter_async_context(connect.engine.connect())
+        with pytest.raises(TimeoutError):
+            await connect.ping(timeout=0.05)
+    await connect.ping()
+
+
+async def test_a_database_that_comes_up_late_is_waited_for(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    directory = tmp_path / "later"
+    connect = DBConnect.from_url(f"sqlite:///{directory}/test.db")
+    waiting = asyncio.create_task(connect.wait_until_ready(attempts=1000, delay=0.001))
+    async with asyncio.timeout(10):
+        while not caplog.messages:
+            await asyncio.sleep(0)
+    directory.mkdir()
+    await waiting
+    assert "not ready (attempt 1 of 1000): OperationalError" in caplog.messages[0]
+    await connect.close()
+
+
+async def test_the_statement_is_run_with_a_limit_and_its_last_error_comes_out(
+    connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    statements: list[str] = []
+    assert await connect.session_maker()
+    assert connect.engine is not None
+    event.listen(
+        connect.engine.sync_engine,
+        "before_cursor_execute",
+        lambda *args: statements.append(args[2]),
+    )
+    await connect.wait_until_ready(select(Item))
+    assert "LIMIT" in statements[-1]
+
+    class Missing(Base):
+        __tablename__ = "missing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    Base.metadata.remove(Base.metadata.tables["missing"])
+    with pytest.raises(ProgrammingError, match="missing"):
+        await connect.wait_until_ready(select(Missing), attempts=3, delay=0)
+    assert len(caplog.messages) == 3
+
+
+async def test_a_mistake_is_not_waited_for(creators: Creators) -> None:
+    with pytest.raises(ValueError, match="host is not set"):
+        await DBConnect(creators.engine, creators.session_maker).wait_until_ready()
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    for wrong in ({"attempts": 0}, {"delay": -1.0}):
+        with pytest.raises(ValueError, match="attempts must be at least 1, and delay at least 0"):
+            await connect.wait_until_ready(**wrong)
