@@ -40,11 +40,15 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # A test says in its teardown how many points it has tried.
+    # A test says in its teardown how many points it has tried, and what it has measured.
     reports = [r for r in terminalreporter.stats.get("", []) if r.when == "teardown"]
-    points = sum(dict(report.user_properties).get("fault points", 0) for report in reports)
+    properties = [prop for report in reports for prop in report.user_properties]
+    points = sum(value for name, value in properties if name == "fault points")
     if points:
         terminalreporter.write_line(f"fault injection: {points} points tried")
+    for name, value in properties:
+        if name == "measured":
+            terminalreporter.write_line(value)
 
 
 @pytest.fixture(scope="session")
