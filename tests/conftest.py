@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import (
 from context_async_sqlalchemy import DBConnect
 from examples.demo import connections_out
 from tests.models import Base
+from tests.pgbouncer import CONNECT_ARGS
 from tests.postgres import postgres_server
 
 _resources = ExitStack()
@@ -51,11 +52,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(value)
 
 
+def _server() -> URL:
+    return make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
+
+
 @pytest.fixture(scope="session")
 def database_url(worker_id: str) -> Generator[URL]:
     """Return the URL of a database of this worker's own."""
-    server = make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
-    name = f"context_async_sqlalchemy_{worker_id}"
+    server = _server()
+    name = f"context_async_sqlalchemy_{worker_id}{os.environ.get('TEST_THROUGH', '')}"
     url = server.set(database=name)
 
     async def run(url: URL, *statements: str) -> None:
@@ -191,6 +196,10 @@ def make_connect(url: URL | str, **options: Any) -> DBConnect:
 
     def create_engine(host: str) -> AsyncEngine:
         target = make_url(url)
+        if "TEST_THROUGH" in os.environ and target.port == _server().port:
+            # The application goes through PgBouncer; who looks from outside does not.
+            target = target.set(port=int(os.environ["TEST_THROUGH"]))
+            options.setdefault("connect_args", CONNECT_ARGS)
         return create_async_engine(
             target.set(host=host) if target.host else target, **{"pool_size": 5} | options
         )

@@ -1,0 +1,37 @@
+"""The core passes through PgBouncer in transaction pooling."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.pgbouncer import pgbouncer, pgbouncer_binary
+
+CORE = ["auto_commit", "run_in_new_context", "session", "after_commit", "asgi_utils"]
+
+
+@pytest.mark.skipif(
+    pgbouncer_binary() is None, reason="pgbouncer is not installed: apt-get install pgbouncer"
+)
+def test_the_tests_of_the_core_pass_through_pgbouncer() -> None:
+    tests = Path(__file__).parent
+    server = make_url(os.environ["TEST_DATABASE_URL"])
+    with pgbouncer(server, default_pool_size=20) as through:
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"),
+                *(f"{tests}/test_{name}.py" for name in CORE),
+            ],
+            cwd=tests.parent,
+            env={**os.environ, "TEST_THROUGH": str(through.port)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout
