@@ -32,7 +32,7 @@ class Seat(Base):
 class Account(Base):
     """Money."""
 
-    __tablename__ = "account"
+    __tablename__ = "bank_account"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     balance: Mapped[int]
@@ -41,7 +41,7 @@ class Account(Base):
 class Transfer(Base):
     """An entry of the ledger; nothing but the application keeps it from being there twice."""
 
-    __tablename__ = "transfer"
+    __tablename__ = "ledger"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[str]
