@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import current_context, is_test_context
+from context_async_sqlalchemy.release import is_in_transaction, rollback_sessions
 from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx
 from context_async_sqlalchemy.shield import logger
 
@@ -43,7 +44,7 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
             f"callback must be a function, not {type(callback).__name__}: it is called later, "
             "without arguments; functools.partial(function, argument) gives it some"
         )
-    context = current_context()
+    context, key = current_context(), connect.context_key
 
     async def run() -> None:
         try:
@@ -54,8 +55,11 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
                     await result
         except (Exception, asyncio.CancelledError):
             logger.exception("A callback of on_commit failed: %s", _name(callback))
+            # It may have kept the session, whose transaction had just ended.
+            session = context.by_key.get(key)
+            if session is not None and is_in_transaction(session):
+                await rollback_sessions([session])
 
-    key = connect.context_key
     context.watch_commits().after_commit(key, context.by_key.get(key), run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import sys
 from collections.abc import Callable
@@ -40,9 +41,10 @@ class ASGIHTTPDBSessionMiddleware:
     With `attempts`, a request that fails with a transient error (`is_transient_error`) before
     anything was sent is rolled back, and the application called again with the same scope and body,
     after a pause that `stamina` chooses (install the extra "retry"). It is so even if an exception
-    handler of the application answers the error; that answer is sent if no attempt is left. Not
-    repeated is a request whose body is larger than `replay_body_limit`, whose client has left, of
-    which a part has been committed, or whose COMMIT has an unknown outcome.
+    handler of the application answers the error (from within `except`, as Starlette calls them);
+    the answer to the last attempt is sent. Not repeated is a request whose body is larger than
+    `replay_body_limit`, whose client has left, or of which a part has been committed or may have
+    been.
 
     Args:
         app: The ASGI application.
@@ -111,36 +113,48 @@ class ASGIHTTPDBSessionMiddleware:
         """Call the application until an attempt does not fail, or may not be repeated."""
         request = ReplayableRequest(scope, receive, self.replay_body_limit)
         failure: Exception | None = None
+        outer = sys.exception()  # which somebody handles by calling this application
 
         def is_repeatable(error: Exception) -> bool:
-            if settling.sent or not may_be_repeated(error, settling.context):
+            if settling.sent or error is outer or not may_be_repeated(error, settling.context):
                 return False
             if request.obstacle is not None:
                 error.add_note(f"Not tried again: {request.obstacle}.")
             return request.obstacle is None
 
-        async for attempt in retrying(is_repeatable, type(self).__name__):
-            with attempt:
-                if failure is not None:
-                    if await request.has_ended():
+        try:
+            async for attempt in retrying(is_repeatable, type(self).__name__):
+                with attempt:
+                    if failure is not None:
+                        if await request.has_ended():
+                            raise failure
+                        await settling.context.end()
+                        request.rewind()
+                        settling.begin(open_request_context(scope))
+                    settling.context.watch_commits()
+                    is_last = attempt.num == retrying.attempts
+                    settling.is_repeatable = None if is_last else is_repeatable
+                    failure = await self._call(scope, request.receive, settling)
+                    if failure is not None:
+                        # The pause before the next attempt is no time to hold a connection.
+                        await settle(settling.context, commit=False)
                         raise failure
-                    await settling.context.end()
-                    request.rewind()
-                    settling.begin(open_request_context(scope))
-                settling.context.watch_commits()
-                settling.is_repeatable = is_repeatable if attempt.num < retrying.attempts else None
-                try:
-                    await self.app(scope, request.receive, settling)
-                except Exception as error:
-                    if settling.started:
-                        raise
-                    failure = settling.failure or error
-                else:
-                    failure = None if settling.started else settling.failure
-                if failure is not None:
-                    # The pause before the next attempt is no time to hold a connection.
-                    await settle(settling.context, commit=False)
-                    raise failure
+        finally:
+            await request.close()
+
+    async def _call(
+        self, scope: Scope, receive: Receive, settling: _SettlingSend
+    ) -> Exception | None:
+        """Call the application; return the error that has kept it from sending anything."""
+        try:
+            await self.app(scope, receive, settling)
+        except BaseException as error:
+            if settling.held and not isinstance(error, asyncio.CancelledError):
+                return settling.failure
+            if settling.started or not isinstance(error, Exception):
+                raise
+            return settling.failure or error
+        return None if settling.started else settling.failure
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
@@ -204,6 +218,10 @@ class _SettlingSend:
     async def __call__(self, message: Message) -> None:
         if self.held:
             self.held.append(message)
+            if not message.get("more_body", False):
+                # Not an Exception, which the application might catch: what it does after an answer
+                # that is not sent shall not be done.
+                raise AnswerHeld
             return
         if message["type"] == "http.response.start":
             self.commit = self.middleware.commit_on(message["status"])
@@ -253,6 +271,10 @@ class _SettlingSend:
                 await wait_until_idle(sessions)
             before_commit = self.middleware.before_commit
             await settle(self.context, commit=commit, before_commit=before_commit)
+
+
+class AnswerHeld(BaseException):
+    """Ends an attempt whose answer is not sent."""
 
 
 def _runs_in_another_task(app: ASGIApp) -> bool:

@@ -123,12 +123,16 @@ async def settle(
     if commits is None:
         await _settle(context, commit, before_commit)
         return
-    try:
-        with commits.hold():
-            await _settle(context, commit, before_commit)
-        commits.settle(commit)
-    finally:
-        await commits.run()
+    is_unsettled = True
+    while is_unsettled:
+        try:
+            with commits.hold():
+                await _settle(context, commit, before_commit)
+            commits.settle(commit)
+        finally:
+            has_run = await commits.run()
+        # A callback may have written through a session that it has kept.
+        is_unsettled = has_run and commit and bool(context.in_transaction())
 
 
 async def commit_session(session: AsyncSession) -> None:

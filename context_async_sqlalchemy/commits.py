@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from weakref import WeakSet
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.util import await_only
 
+from context_async_sqlalchemy.guards import connections_of, note_commits
 from context_async_sqlalchemy.shield import run_to_completion
 
 Run: TypeAlias = Callable[[], Awaitable[None]]
@@ -32,11 +34,12 @@ class CommitWatch:
     """Watches the transactions of a context's sessions.
 
     Attributes:
-        committed: Whether any of it is durable: a transaction that had a connection was committed.
+        durable: Whether a part of the work is durable, or nobody can know: a COMMIT was sent that
+            was not refused, or a callback has run.
     """
 
     def __init__(self) -> None:
-        self.committed = False
+        self.durable = False
         self._keys: dict[Session, str] = {}
         self._committing: list[SessionTransaction] = []
         self._waiting: list[_Waiting] = []
@@ -49,10 +52,21 @@ class CommitWatch:
         if not isinstance(sync_session, Session):
             return  # users' tests pass mocks
         if sync_session not in self._keys:
-            event.listen(sync_session, "after_transaction_create", self._on_begin)
-            event.listen(sync_session, "after_commit", self._on_commit)
-            event.listen(sync_session, "after_transaction_end", self._on_end)
+            if _is_committed(sync_session.get_transaction()):
+                return  # called by a listener: SQLAlchemy takes no other one just now
+            for name, listener in self._listeners():
+                event.listen(sync_session, name, listener)
+            for connection in connections_of(session):
+                note_commits(connection, self)
         self._keys[sync_session] = context_key
+
+    def stop(self) -> None:
+        """Watch no longer those sessions for which nothing waits."""
+        awaited = {w.transaction.session for w in self._waiting if w.transaction is not None}
+        for session in self._keys.keys() - awaited:
+            del self._keys[session]
+            for name, listener in self._listeners():
+                event.remove(session, name, listener)
 
     def after_commit(self, context_key: str, session: AsyncSession | None, run: Run) -> None:
         """Run something once the transaction that is open now is committed, or else the next one.
@@ -63,6 +77,8 @@ class CommitWatch:
         transaction = None
         if isinstance(sync_session, Session):
             transaction = sync_session.get_nested_transaction() or sync_session.get_transaction()
+            if sync_session not in self._keys:
+                transaction = None
             _awaited.add(sync_session)
         self._waiting.append(_Waiting(run, context_key, transaction))
 
@@ -76,11 +92,13 @@ class CommitWatch:
         finally:
             self._is_holding = False
 
-    async def run(self) -> None:
-        """Run what is ready, in order, even under cancellation."""
+    async def run(self) -> bool:
+        """Run what is ready, in order, even under cancellation; return whether there was any."""
         ready, self._ready = self._ready, []
         if ready:
+            self.durable = True
             await run_to_completion(_run_each(ready))
+        return bool(ready)
 
     def settle(self, commit: bool) -> None:
         """Make ready, or drop, what waits for a transaction that has not begun."""
@@ -88,7 +106,18 @@ class CommitWatch:
             self._ready += [w.run for w in self._waiting if w.transaction is None]
         self._drop(None)
 
-    def _on_begin(self, session: Session, transaction: SessionTransaction) -> None:
+    def _listeners(self) -> list[tuple[str, Callable[..., None]]]:
+        return [
+            ("after_transaction_create", self._on_create),
+            ("after_begin", self._on_begin),
+            ("after_commit", self._on_commit),
+            ("after_transaction_end", self._on_end),
+        ]
+
+    def _on_begin(self, _: Session, __: SessionTransaction, connection: Connection) -> None:
+        note_commits(connection, self)
+
+    def _on_create(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.parent is None:
             for waiting in self._waiting:
                 if waiting.transaction is None and waiting.context_key == self._keys[session]:
@@ -100,7 +129,7 @@ class CommitWatch:
         assert transaction is not None
         self._committing.append(transaction)
         if transaction.parent is None and transaction._connections:
-            self.committed = True
+            self.durable = True
 
     def _on_end(self, _: Session, transaction: SessionTransaction) -> None:
         # Not before its end, when the connection is given back.
@@ -126,6 +155,10 @@ class CommitWatch:
 def is_awaited(session: AsyncSession) -> bool:
     """Return whether something may wait for the commit of this session."""
     return getattr(session, "sync_session", None) in _awaited
+
+
+def _is_committed(transaction: SessionTransaction | None) -> bool:
+    return transaction is not None and transaction._state is SessionTransactionState.COMMITTED
 
 
 def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:

@@ -115,6 +115,8 @@ class DBSessionContext:
                 for session in self.made:
                     refuse_further_use(session)
                 await close_sessions(sessions)
+            if self.commits is not None:
+                self.commits.stop()
 
     async def _end_forgotten(self) -> None:
         inside = _context.get()

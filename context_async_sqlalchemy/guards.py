@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
@@ -14,6 +15,17 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 _FAILED = "context_async_sqlalchemy.failed_transaction"
+_DURABLE = "context_async_sqlalchemy.durable"
+
+
+class Durable(Protocol):
+    """Something that may become durable.
+
+    Attributes:
+        durable: Whether a part of it is, or nobody can know.
+    """
+
+    durable: bool
 
 
 def guard(engine: AsyncEngine) -> None:
@@ -53,6 +65,11 @@ def is_in_use(session: AsyncSession) -> bool:
     return False
 
 
+def note_commits(connection: Connection, work: Durable) -> None:
+    """Let whoever commits `connection`, until it is back in the pool, make `work` durable."""
+    connection.info[_DURABLE] = work
+
+
 def connections_of(session: AsyncSession) -> list[Connection]:
     """Return the open connections of this session's transaction."""
     transaction = _transaction_of(session)
@@ -77,15 +94,17 @@ class _Guard:
 
     def __init__(self, engine: Engine) -> None:
         self.retired = False
+        self._dialect = engine.dialect
         self._do_commit = engine.dialect.do_commit
         event.listen(engine.pool, "checkin", self._on_checkin)
+        # Not the event "commit": that would make every statement of the engine dearer.
+        engine.dialect.do_commit = self._check_and_commit  # type: ignore[assignment]
         if isinstance(engine.dialect, PGDialect):
             event.listen(engine, "handle_error", self._on_error)
-            # Not the event "commit": that would make every statement of the engine dearer.
-            engine.dialect.do_commit = self._check_and_commit  # type: ignore[method-assign]
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         entry.info.pop(_FAILED, None)
+        entry.info.pop(_DURABLE, None)
         # A driver other than asyncpg has neither name.
         driver = entry.driver_connection
         is_in_transaction = getattr(driver, "is_in_transaction", bool)
@@ -108,14 +127,32 @@ class _Guard:
             connection.info[_FAILED] = failed, error
 
     def _check_and_commit(self, connection: PoolProxiedConnection) -> None:
-        failed, error = getattr(connection, "info", {}).get(_FAILED, (None, None))
+        info = getattr(connection, "info", {})
+        failed, error = info.get(_FAILED, (None, None))
         if failed is not None and failed.is_active:
             raise PendingRollbackError(
                 "A statement of this transaction has failed, and PostgreSQL would answer its "
                 "COMMIT with a ROLLBACK: nothing of it would be stored. Roll back; or run a "
                 "statement that may fail in 'async with session.begin_nested():'."
             ) from error
-        self._do_commit(connection)
+        work: Durable | None = info.get(_DURABLE)
+        if work is None or work.durable:
+            self._do_commit(connection)
+            return
+        work.durable = True
+        try:
+            self._do_commit(connection)
+        except Exception as commit_error:
+            work.durable = not self._is_refused(commit_error)
+            raise
+
+    def _is_refused(self, error: Exception) -> bool:
+        """Return whether a COMMIT that failed so has certainly not taken place."""
+        if isinstance(error, self._dialect.loaded_dbapi.InterfaceError):
+            return True  # the driver saw that the connection was closed already, and sent nothing
+        sqlstate = getattr(error, "sqlstate", None) or ""
+        is_lost = sqlstate.startswith(("08", "57P01", "57P02"))
+        return hasattr(error, "sqlite_errorcode") or (_is_from_server(error) and not is_lost)
 
 
 def _is_from_server(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from context_async_sqlalchemy.asgi_types import Message, Receive, Scope
 
@@ -23,13 +24,14 @@ class ReplayableRequest:
         self.obstacle: str | None = None
         self._scope = scope
         self._items = dict(scope)
-        self._contents = {key: value.copy() for key, value in scope.items() if _is_mutable(value)}
+        self._contents = {key: _copy(value) for key, value in scope.items() if _is_mutable(value)}
         self._receive = receive
         self._body_limit = body_limit
         self._size = 0
         self._is_complete = False
         self._messages: list[Message] = []
         self._read = 0
+        self._receiving: asyncio.Task[Message] | None = None
 
     async def receive(self) -> Message:
         """Return the next message; those that came before, again, once it was rewound."""
@@ -42,11 +44,16 @@ class ReplayableRequest:
         """Look whether the client has left, or sent too much, since the application has read."""
         while self.obstacle is None:
             was_complete = self._is_complete
-            try:
-                async with asyncio.timeout(0):
-                    await self._receive_next()
-            except TimeoutError:
+            if self._receiving is None:
+                self._receiving = asyncio.ensure_future(self._receive())
+            # It is not cancelled, as a chunk of the body would be lost that it is about to return.
+            await asyncio.wait([self._receiving], timeout=_MOMENT)
+            if not self._receiving.done():
                 break
+            try:
+                await self._receive_next()
+            except Exception as error:
+                self.obstacle = f"its body cannot be read ({type(error).__name__})"
             if was_complete:  # and yet the server has more to say: it is no disconnect
                 break
         return self.obstacle is not None
@@ -66,15 +73,26 @@ class ReplayableRequest:
             else:
                 value.extend(content)
 
+    async def close(self) -> None:
+        """Leave no task."""
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.wait([self._receiving])
+
     async def _receive_next(self) -> Message:
-        message = await self._receive()
+        try:
+            message = await self._next_message()
+        except asyncio.CancelledError:
+            if not self._is_complete:
+                self.obstacle = "the application has cancelled the reading of its body"
+            raise
         if message["type"] == "http.disconnect":
             self.obstacle = "the client has left"
         elif message["type"] == "http.request":
             self._is_complete = not message.get("more_body", False)
             self._size += len(message.get("body", b""))
             if self._size > self._body_limit:
-                self.obstacle = f"the body of the request is larger than {self._body_limit} bytes"
+                self.obstacle = f"its body is larger than {self._body_limit} bytes"
                 self._messages.clear()
                 self._read = 0
             else:
@@ -82,6 +100,21 @@ class ReplayableRequest:
                 self._read += 1
         return message
 
+    async def _next_message(self) -> Message:
+        if self._receiving is None:
+            return await self._receive()
+        await asyncio.wait([self._receiving])
+        receiving, self._receiving = self._receiving, None
+        return receiving.result()
+
+
+_MOMENT = 0.001
+"""How many seconds a server has to say that the client has left."""
+
+
+def _copy(value: dict[Any, Any] | list[Any]) -> dict[Any, Any] | list[Any]:
+    return dict(value) if isinstance(value, dict) else list(value)
+
 
 def _is_mutable(value: object) -> bool:
-    return type(value) in (dict, list)
+    return isinstance(value, dict | list)

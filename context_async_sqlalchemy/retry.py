@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -174,8 +175,8 @@ def may_be_repeated(error: BaseException, context: DBSessionContext) -> bool:
     """Return whether to do the work of `context` again, which has failed with `error`."""
     if not is_transient_error(error):
         return False
-    if context.watch_commits().committed:
-        error.add_note("Not tried again: a part of its work had been committed already.")
+    if context.watch_commits().durable:
+        error.add_note("Not tried again: a part of its work had been committed, or may have been.")
         return False
     return True
 
@@ -212,7 +213,7 @@ def _is_transient(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         # What SQLAlchemy does not wrap: some of what a driver raises while it connects.
         return (
-            isinstance(error, ConnectionError)
+            _is_refused_connection(error)
             or _has_transient_code(error)
             or _is_asyncpg_without_connection(error)
         )
@@ -224,6 +225,15 @@ def _is_transient(error: BaseException) -> bool:
         or _has_transient_mysql_number(error.orig)
         or _is_psycopg_without_connection(error)
     )
+
+
+def _is_refused_connection(error: BaseException) -> bool:
+    # asyncio has a plain OSError for a name with several addresses, and for "no route to host".
+    if not (isinstance(error, ConnectionError) or type(error) is OSError):
+        return False
+    # Another service that hangs up has an error of the same type, and is none of our business.
+    modules = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)]
+    return not modules or any(module.startswith("sqlalchemy.") for module in modules)
 
 
 def _has_transient_code(error: BaseException | None) -> bool:

@@ -222,6 +222,8 @@ async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
     except BaseException:
         if _is_open(session, savepoint):
             await run_to_completion(_rollback(session, savepoint))
+        elif is_in_transaction(session):
+            await rollback_sessions([session])  # the block ended the savepoint, and went on
         raise
 
 

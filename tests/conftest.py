@@ -89,7 +89,7 @@ class Database:
 
     async def empty(self) -> None:
         """Delete every row."""
-        await self._connection.execute("TRUNCATE item, seat, bank_account, ledger RESTART IDENTITY")
+        await self._connection.execute("TRUNCATE item, seat, purse, ledger RESTART IDENTITY")
 
     async def names(self) -> list[str]:
         """Return the names of the committed items, in the order they were made."""

@@ -32,7 +32,7 @@ class Seat(Base):
 class Account(Base):
     """Money."""
 
-    __tablename__ = "bank_account"
+    __tablename__ = "purse"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     balance: Mapped[int]

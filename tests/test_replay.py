@@ -39,7 +39,7 @@ from tests.conftest import Database, checked_connect, make_connect
 from tests.models import Item, Seat
 from tests.proxy import Call, Fault, proxy
 from tests.test_asgi_utils import add, app_of, call, http_scope, respond
-from tests.test_retry import Failing
+from tests.test_retry import ConflictError, Failing
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -95,14 +95,14 @@ async def test_a_request_whose_commit_fails_to_serialize_is_tried_again(
 async def test_the_last_error_is_raised_and_nothing_is_left(
     connect: DBConnect, database: Database
 ) -> None:
-    errors = [ConnectionResetError(str(number)) for number in range(3)]
+    errors = [ConflictError(str(number)) for number in range(3)]
     raised = iter(errors)
 
     async def handler(_: Scope) -> int:
         await add(connect, "a")
         raise next(raised)
 
-    with pytest.raises(ConnectionResetError) as info:
+    with pytest.raises(ConflictError) as info:
         await call(app_of(handler, attempts=3))
     assert info.value is errors[-1]
     assert not getattr(info.value, "__notes__", [])
@@ -196,17 +196,15 @@ async def test_a_body_over_the_limit_is_given_to_the_application_whole() -> None
 async def test_an_error_says_why_it_was_not_tried_again() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        raise ConnectionResetError
+        raise ConflictError
 
     async def receive() -> Message:
         return {"type": "http.request", "body": b"12345", "more_body": True}
 
     middleware = ASGIHTTPDBSessionMiddleware(app, attempts=3, replay_body_limit=4)
-    with pytest.raises(ConnectionResetError) as info:
+    with pytest.raises(ConflictError) as info:
         await middleware(http_scope(), receive, respond)  # type: ignore[arg-type]
-    assert info.value.__notes__ == [
-        "Not tried again: the body of the request is larger than 4 bytes."
-    ]
+    assert info.value.__notes__ == ["Not tried again: its body is larger than 4 bytes."]
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -221,7 +219,7 @@ async def test_a_request_whose_client_has_left_is_not_tried_again(reads: bool) -
             await receive()
         running.set()
         await left.wait()
-        raise ConnectionResetError
+        raise ConflictError
 
     middleware = ASGIHTTPDBSessionMiddleware(app, attempts=3)
 
@@ -278,7 +276,7 @@ async def test_nothing_is_tried_again_once_something_was_sent(
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
         fail()
 
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConflictError):
         await call(ASGIHTTPDBSessionMiddleware(app, attempts=3))
     assert fail.calls == 1
 
@@ -293,9 +291,9 @@ async def test_work_after_the_response_is_not_tried_again(
         runs += 1
         await add(connect, "a")
         await respond(send)
-        raise ConnectionResetError
+        raise ConflictError
 
-    with pytest.raises(ConnectionResetError):
+    with pytest.raises(ConflictError):
         await call(ASGIHTTPDBSessionMiddleware(app, attempts=3))
     assert runs == 1
     assert await database.names() == ["a"]
@@ -331,9 +329,9 @@ async def test_a_request_of_which_a_part_was_committed_is_not_tried_again(
     async def handler(_: Scope) -> int:
         await add(connect, "a")
         await commit_db_session(connect)
-        raise ConnectionResetError
+        raise ConflictError
 
-    with pytest.raises(ConnectionResetError) as info:
+    with pytest.raises(ConflictError) as info:
         await call(app_of(handler, attempts=3))
     assert "had been committed" in info.value.__notes__[0]
     assert await database.names() == ["a"]
@@ -489,11 +487,11 @@ async def test_an_exception_handler_answers_the_last_attempt_only(
         fail()
         return PlainTextResponse("ok", 201)
 
-    handlers = {ConnectionError: async_answer if is_async else answer}
+    handlers = {ConflictError: async_answer if is_async else answer}
     response = await post(make_app(endpoint, handlers, attempts=3))
     assert response.status_code == status
     if status == 503:
-        assert response.json() == {"error": "ConnectionResetError"}
+        assert response.json() == {"error": "ConflictError"}
     assert await database.names() == names
     assert fail.calls == 3
 
@@ -514,7 +512,7 @@ async def test_an_answer_is_sent_if_stamina_gives_up_earlier(make_app: Any, swit
         stamina.set_active(False)
     try:
         with stamina.set_testing(switch == "testing", attempts=1):
-            response = await post(make_app(endpoint, {ConnectionError: answer}, attempts=5))
+            response = await post(make_app(endpoint, {ConflictError: answer}, attempts=5))
     finally:
         stamina.set_active(True)
     assert (response.status_code, response.json()) == (503, {})
@@ -530,7 +528,7 @@ async def test_an_answer_that_an_endpoint_gives_itself_is_not_tried_again(
     async def endpoint(_: StarletteRequest) -> Response:
         try:
             fail()
-        except ConnectionError:
+        except ConflictError:
             return PlainTextResponse("busy", 409)
         return PlainTextResponse("ok")
 
@@ -578,7 +576,7 @@ async def test_an_attempt_leaves_no_objects_to_the_next(
         sessions.append(session)
         session.add(Seat(number=len(sessions)))
         if len(sessions) < 3:
-            raise ConnectionResetError
+            raise ConflictError
         return 200
 
     await call(app_of(handler, attempts=3))
@@ -618,7 +616,7 @@ async def test_the_answer_to_the_last_attempt_is_not_held_back(make_app: Any) ->
         fail()
         return PlainTextResponse("ok")
 
-    app = make_app(endpoint, {ConnectionError: answer}, attempts=3)
+    app = make_app(endpoint, {ConflictError: answer}, attempts=3)
     async with http_client(app, log_level="critical") as client:
         assert (await client.post("/a")).status_code == 503
         arrived.set()
@@ -647,11 +645,11 @@ async def test_no_connection_is_held_between_two_attempts(connect: DBConnect) ->
 
     async def handler(_: Scope) -> int:
         await add(connect, "a")
-        raise ConnectionResetError
+        raise ConflictError
 
     stamina.instrumentation.set_on_retry_hooks([hook])
     try:
-        with pytest.raises(ConnectionResetError):
+        with pytest.raises(ConflictError):
             await call(app_of(handler, attempts=3))
     finally:
         stamina.instrumentation.set_on_retry_hooks(None)

@@ -320,6 +320,15 @@ def test_causes_and_groups_are_looked_into(error: BaseException, transient: bool
     assert is_transient_error(error) is transient
 
 
+class ConflictError(OperationalError):
+    """A serialization failure, as SQLAlchemy wraps it."""
+
+    def __init__(self, text: str = "") -> None:
+        original = Exception(text)
+        original.sqlstate = "40001"  # type: ignore[attr-defined]
+        super().__init__("SELECT 1", {}, original)
+
+
 @pytest.fixture
 def no_pauses() -> Generator[None]:
     with stamina.set_testing(True, attempts=3):
@@ -329,7 +338,7 @@ def no_pauses() -> Generator[None]:
 class Failing:
     """Fails as often as it is told to, and counts."""
 
-    def __init__(self, times: int, error: Callable[[], Exception] = ConnectionResetError) -> None:
+    def __init__(self, times: int, error: Callable[[], Exception] = ConflictError) -> None:
         self.times = times
         self.error = error
         self.calls = 0
@@ -364,7 +373,7 @@ async def test_a_function_runs_again_in_a_new_context(
 
 @pytest.mark.usefixtures("no_pauses")
 async def test_the_last_error_comes_out_unchanged(connect: DBConnect, database: Database) -> None:
-    errors = [ConnectionResetError(str(number)) for number in range(3)]
+    errors = [ConflictError(str(number)) for number in range(3)]
     raised = iter(errors)
 
     @retry_on_transient_error(attempts=3)
@@ -504,7 +513,7 @@ async def test_no_connection_is_held_between_two_attempts(connect: DBConnect) ->
     @retry_on_transient_error(wait_initial=0.001, wait_jitter=0)
     async def work(password: str) -> None:
         await add(connect, "a")
-        raise ConnectionResetError
+        raise ConflictError
 
     stamina.instrumentation.set_on_retry_hooks([hook])
     try:

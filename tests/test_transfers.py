@@ -39,7 +39,7 @@ Move = Callable[[str, int, int, int], Awaitable[str]]
 async def bank(database_url: URL, database: Database) -> AsyncGenerator[DBConnect]:
     """Return a connect to a database with ten accounts, whose transactions are SERIALIZABLE."""
     await database.execute(
-        f"INSERT INTO bank_account SELECT n, 100 FROM generate_series(1, {ACCOUNTS}) AS n"
+        f"INSERT INTO purse SELECT n, 100 FROM generate_series(1, {ACCOUNTS}) AS n"
     )
     connect = make_connect(database_url, isolation_level="SERIALIZABLE", pool_size=CLIENTS)
     yield connect
@@ -163,7 +163,7 @@ async def test_every_success_is_in_the_ledger_once_and_nothing_that_was_refused(
         else:
             assert entries[key] == 0, "refused, and it is there"
 
-    balances = dict(await database.fetch("SELECT id, balance FROM bank_account"))
+    balances = dict(await database.fetch("SELECT id, balance FROM purse"))
     assert sum(balances.values()) == ACCOUNTS * 100
     moved: Counter[int] = Counter()
     for _, source, target, amount in ledger:
