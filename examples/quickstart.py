@@ -3,12 +3,11 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 
-connect = DBConnect(create_async_engine, async_sessionmaker, host="sqlite+aiosqlite:///notes.db")
+connect = DBConnect.from_url("sqlite:///notes.db")
 
 
 @asynccontextmanager

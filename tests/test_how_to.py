@@ -434,14 +434,14 @@ async def conflict(postgresql: str, database: Database) -> AsyncGenerator[None]:
     outside = Outside(postgresql)
     waiting = (
         "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-        " AND wait_event_type = 'Lock' AND query LIKE 'UPDATE account%'"
+        " AND wait_event_type = 'Lock' AND query LIKE 'UPDATE bank_account%'"
     )
 
     async def both_wait() -> bool:
         return len(await outside.rows(waiting)) == 2
 
     async with outside.connection() as connection:
-        await connection.execute(text("SELECT * FROM account FOR UPDATE"))
+        await connection.execute(text("SELECT * FROM bank_account FOR UPDATE"))
         yield
         await until(both_wait)
 
@@ -451,7 +451,7 @@ def count_retries(caplog: pytest.LogCaptureFixture) -> int:
 
 
 async def balances(postgresql: str) -> Sequence[Any]:
-    return await Outside(postgresql).rows("SELECT owner, balance FROM account ORDER BY owner")
+    return await Outside(postgresql).rows("SELECT owner, balance FROM bank_account ORDER BY owner")
 
 
 RENT = "/transfers?source=tenant&target=landlord&amount=800"

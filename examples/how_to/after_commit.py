@@ -10,7 +10,6 @@ from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import delete
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import (
@@ -22,8 +21,8 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///members.db")
-connect = DBConnect(create_async_engine, async_sessionmaker, host=DATABASE_URL)
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///members.db")
+connect = DBConnect.from_url(DATABASE_URL)
 
 
 class Base(DeclarativeBase):

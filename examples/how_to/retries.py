@@ -8,7 +8,6 @@ from functools import partial
 
 from fastapi import FastAPI
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import (
@@ -21,9 +20,8 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///bank.db")
-create_engine = partial(create_async_engine, isolation_level="SERIALIZABLE")
-connect = DBConnect(create_engine, async_sessionmaker, host=DATABASE_URL)
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///bank.db")
+connect = DBConnect.from_url(DATABASE_URL, isolation_level="SERIALIZABLE")
 
 
 class Base(DeclarativeBase):
@@ -31,7 +29,7 @@ class Base(DeclarativeBase):
 
 
 class Account(Base):
-    __tablename__ = "account"
+    __tablename__ = "bank_account"
 
     owner: Mapped[str] = mapped_column(primary_key=True)
     balance: Mapped[int] = mapped_column(default=0)

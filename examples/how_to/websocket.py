@@ -7,13 +7,12 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///notes.db")
-connect = DBConnect(create_async_engine, async_sessionmaker, host=DATABASE_URL)
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+connect = DBConnect.from_url(DATABASE_URL)
 
 
 class Base(DeclarativeBase):

@@ -4,7 +4,6 @@ import asyncio
 import os
 from functools import partial
 
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from taskiq import InMemoryBroker, TaskiqEvents, TaskiqState
 
@@ -16,8 +15,8 @@ from context_async_sqlalchemy import (
     retry_on_transient_error,
 )
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///orders.db")
-connect = DBConnect(create_async_engine, async_sessionmaker, host=DATABASE_URL)
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///orders.db")
+connect = DBConnect.from_url(DATABASE_URL)
 broker = InMemoryBroker()
 
 
