@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from examples.demo import connections_out
 from tests.models import Base
 from tests.pgbouncer import CONNECT_ARGS
 from tests.postgres import postgres_server
+from tests.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
 
@@ -222,3 +223,27 @@ async def checked_connect(
         assert await database.states() == [], "a connection is still in a transaction"
     finally:
         await connect.close()
+
+
+@pytest.fixture
+def postgresql(database_url: URL, database: Database) -> str:
+    """Return the URL of the database, emptied, for a program."""
+    return database_url.render_as_string(hide_password=False)
+
+
+@pytest_asyncio.fixture
+async def load(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Callable[[str, str], Any]]:
+    """Return a way to load a program for a database; its tables are dropped in the end."""
+    loaded: list[tuple[Any, str]] = []
+
+    def load(name: str, url: str) -> Any:
+        program = load_program(monkeypatch, name, DATABASE_URL=url)
+        loaded.append((program, url))
+        return program
+
+    yield load
+    for program, url in loaded:
+        for connect in connects_of(program):
+            assert connect.engine is None, "the program has not closed its connect"
+        async with Outside(url).connection() as connection:
+            await connection.run_sync(program.Base.metadata.drop_all)

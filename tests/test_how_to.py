@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import subprocess
@@ -17,9 +16,8 @@ import httpx
 import pytest
 import pytest_asyncio
 import stamina
-from sqlalchemy import URL, NullPool, text
+from sqlalchemy import text
 from sqlalchemy.exc import NoResultFound
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from taskiq import InMemoryBroker
 from websockets.asyncio.client import connect as connect_websocket
 
@@ -27,34 +25,7 @@ from context_async_sqlalchemy import db_session, new_db_session_ctx, retry_on_tr
 from examples.demo import connections_out
 from examples.serving import http_client, serve
 from tests.conftest import Database
-
-ROOT = Path(__file__).parents[1]
-PROGRAMS = sorted(path.stem for path in (ROOT / "examples/how_to").glob("[!_]*.py"))
-
-
-class Outside:
-    """The database of a program, seen through a connection of its own."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._engine = create_async_engine(url, poolclass=NullPool)
-
-    @asynccontextmanager
-    async def connection(self) -> AsyncGenerator[AsyncConnection]:
-        """Yield a connection in a transaction that is committed at the end."""
-        async with self._engine.begin() as connection:
-            yield connection
-
-    async def rows(self, query: str) -> Sequence[Any]:
-        """Return what a query finds; of rows with one column, that column."""
-        async with self.connection() as connection:
-            rows = (await connection.execute(text(query))).all()
-        return [row[0] if len(row) == 1 else tuple(row) for row in rows]
-
-
-@pytest.fixture
-def postgresql(database_url: URL, database: Database) -> str:
-    return database_url.render_as_string(hide_password=False)
+from tests.programs import PROGRAMS, ROOT, Outside, until
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -65,47 +36,19 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-@pytest_asyncio.fixture
-async def load(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Callable[[str, str], Any]]:
-    """Return a way to load a program for a database; its tables are dropped in the end."""
-    loaded: list[tuple[Any, str]] = []
-
-    def load(name: str, url: str) -> Any:
-        monkeypatch.setenv("DATABASE_URL", url)
-        program = importlib.reload(importlib.import_module(f"examples.how_to.{name}"))
-        loaded.append((program, url))
-        return program
-
-    yield load
-    for program, url in loaded:
-        assert program.connect.engine is None, "the program has not closed its connect"
-        async with Outside(url).connection() as connection:
-            await connection.run_sync(program.Base.metadata.drop_all)
-
-
-async def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition, async or not, is true, and return what it is."""
-    async with asyncio.timeout(10):
-        while True:
-            result = condition()
-            if asyncio.iscoroutine(result):
-                result = await result
-            if result:
-                return result
-            await asyncio.sleep(0.01)
-
-
 def test_a_program_opens_nothing_when_it_is_imported(tmp_path: Path) -> None:
     code = f"""
 import importlib
+from tests.programs import connects_of
 for name in {PROGRAMS}:
-    assert importlib.import_module("examples.how_to." + name).connect.engine is None
+    connects = connects_of(importlib.import_module("examples.how_to." + name))
+    assert connects and all(connect.engine is None for connect in connects)
 """
     env = {k: v for k, v in os.environ.items() if k != "DATABASE_URL"}
     env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", code]
     subprocess.run(command, check=True, cwd=tmp_path, env=env, timeout=60)
-    assert len(PROGRAMS) == 5
+    assert len(PROGRAMS) == 10
     assert list(tmp_path.iterdir()) == []
 
 
