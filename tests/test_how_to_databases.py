@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
@@ -75,7 +75,7 @@ async def test_a_full_pool_is_not_ready(visits: Any) -> None:
         response = await client.get("/ready")
         assert response.status_code == 503
         assert response.json()["checked_out"] == response.json()["capacity"] == 10
-        # The ping waits for 2 seconds, a request for pool_timeout.
+        # The ping waits for 2 seconds, a request for 3, its pool_timeout.
         assert (await client.post("/visits/home")).status_code == 500
         for session in sessions:
             await session.close()
@@ -189,8 +189,8 @@ async def test_a_pooler_refuses_a_setting_and_gives_that_of_a_session_to_others(
             async with new_db_session_ctx():
                 session = await db_session(another)
                 names = "statement_timeout", "lock_timeout"
-                lock, statement = [await session.scalar(text(f"SHOW {n}")) for n in names]
-                return lock, statement
+                statement, lock = [await session.scalar(text(f"SHOW {n}")) for n in names]
+                return statement, lock
 
         async with program.connect, with_jit, another:
             with pytest.raises(Exception, match="unsupported startup parameter: jit"):
@@ -336,19 +336,17 @@ async def test_a_silent_host_is_given_up_after_the_command_timeout(
                 assert program.connect.host == standby.host
 
 
-class frozen:  # noqa: N801
-    """Stop every process of a server for a block: it hears everything, and says nothing."""
-
-    def __init__(self, server: Server) -> None:
-        postmaster = psutil.Process(int((server.data / "postmaster.pid").read_text().split()[0]))
-        self._processes = [postmaster, *postmaster.children()]
-
-    def __enter__(self) -> None:
-        for process in self._processes:
-            process.suspend()
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+@contextmanager
+def frozen(server: Server) -> Generator[None]:
+    """Stop every process of a server for a block: it is there, and says nothing."""
+    postmaster = psutil.Process(int((server.data / "postmaster.pid").read_text().split()[0]))
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
             process.resume()
 
 
