@@ -27,7 +27,7 @@ _BEST = 0
 _STATE = text(
     """
     SELECT pg_is_in_recovery() AS is_replica,
-      CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()
+      CASE WHEN pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn()
              AND EXISTS (SELECT FROM pg_stat_wal_receiver) THEN 0
            ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp())
       END AS lag

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
 from context_async_sqlalchemy import (
@@ -34,6 +35,7 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.asgi_types import Scope
+from context_async_sqlalchemy.commits import CommitWatch
 from context_async_sqlalchemy.test_utils import (
     put_savepoint_session_in_ctx,
     rollback_session,
@@ -356,6 +358,53 @@ async def test_a_callback_whose_own_work_fails_leaves_that_of_the_others(
     assert await database.names() == ["a", "b"]
     assert "IntegrityError" in caplog.text
     assert connections_out(connect) == 0
+
+
+async def test_what_a_callback_writes_through_a_session_it_has_kept_is_not_lost(
+    connect: DBConnect, database: Database
+) -> None:
+    async with new_db_session_ctx():
+        session = await add(connect, "a")
+
+        async def write(name: str, *, fails: bool) -> None:
+            session.add(Item(name=name))
+            await session.flush()
+            if fails:
+                raise ValueError
+
+        on_commit(connect, partial(write, "fails", fails=True))
+        on_commit(connect, partial(write, "b", fails=False))
+    assert await database.names() == ["a", "b"]
+    assert connections_out(connect) == 0
+
+
+async def test_a_callback_that_a_listener_of_the_commit_registers_is_not_lost(
+    connect: DBConnect, calls: Calls
+) -> None:
+    async with new_db_session_ctx():
+        session = await add(connect, "a")
+        event.listen(
+            session.sync_session,
+            "after_commit",
+            lambda _: on_commit(connect, calls.callback("from the listener")),
+            once=True,
+        )
+        await session.commit()
+    assert calls == ["from the listener"]
+
+
+async def test_a_session_that_outlives_its_contexts_is_not_watched_by_them(
+    connect: DBConnect,
+) -> None:
+    async with await connect.create_session() as session:
+        for _ in range(10):
+            token = init_db_session_ctx()
+            put_db_session_to_context(connect, session)
+            on_commit(connect, list)
+            await commit_all_sessions()
+            await reset_db_session_ctx(token, with_close=False)
+        gc.collect()
+        assert sum(isinstance(o, CommitWatch) for o in gc.get_objects()) == 0
 
 
 async def test_the_callbacks_of_several_databases_wait_until_all_are_committed(

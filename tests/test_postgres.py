@@ -76,20 +76,20 @@ async def test_the_primary_is_found(make_cluster: Any, host: str | None) -> None
 
 @pytest.mark.parametrize("host", [None, *HOSTS])
 async def test_a_replica_is_found(make_cluster: Any, host: str | None) -> None:
-    cluster = make_cluster(keep_on_replica(HOSTS), host)
-    assert await cluster.is_on_replica()
+    cluster = make_cluster(keep_on_replica(HOSTS, check_after=0.01), host)
+    await cluster.becomes(replica=True)  # at once, unless another test has just restarted it
     assert cluster.connect.host == STANDBY_HOST
 
 
 async def test_a_host_that_was_found_is_not_asked_again_for_a_while(make_cluster: Any) -> None:
-    cluster = make_cluster(keep_on_primary(HOSTS, check_after=60), PRIMARY_HOST)
+    cluster = make_cluster(keep_on_primary(HOSTS, check_after=60, timeout=20), PRIMARY_HOST)
     await asyncio.gather(*(cluster.is_on_replica() for _ in range(20)))
     # One to ask it, and the one that is used.
     assert cluster.engines == {PRIMARY_HOST: 2}
 
 
 async def test_a_host_that_was_found_is_asked_again_after_a_while(make_cluster: Any) -> None:
-    cluster = make_cluster(keep_on_primary(HOSTS, check_after=0.01), PRIMARY_HOST)
+    cluster = make_cluster(keep_on_primary(HOSTS, check_after=0.01, timeout=20), PRIMARY_HOST)
     async with asyncio.timeout(10):
         while cluster.engines[PRIMARY_HOST] < 4:
             await cluster.is_on_replica()
@@ -116,7 +116,7 @@ async def test_a_replica_that_falls_behind_is_left_until_it_has_caught_up(
 ) -> None:
     primary, standby = servers
     cluster = make_cluster(keep_on_replica(HOSTS, max_lag=0.2, check_after=0.01))
-    assert await cluster.is_on_replica()
+    await cluster.becomes(replica=True)
     await standby.fetch("SELECT pg_wal_replay_pause()")
     try:
         await primary.fetch("INSERT INTO item VALUES (1)")
@@ -131,7 +131,7 @@ async def test_a_replica_that_is_down_is_replaced_by_the_primary(
 ) -> None:
     _, standby = servers
     cluster = make_cluster(keep_on_replica(HOSTS, check_after=0.01))
-    assert await cluster.is_on_replica()
+    await cluster.becomes(replica=True)
     await asyncio.to_thread(standby.stop)
     try:
         await cluster.becomes(replica=False)
@@ -152,10 +152,12 @@ async def test_without_a_primary_the_connect_stays_and_its_errors_come_through(
 
 
 async def test_a_host_that_is_silent_is_given_up(make_cluster: Any) -> None:
-    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.Event().wait()
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the client hangs up
+        writer.close()
+        left.set()
 
-    connect: DBConnect
+    left = asyncio.Event()
     silent = await asyncio.start_server(say_nothing, "127.0.0.1")
     port = silent.sockets[0].getsockname()[1]
     cluster = make_cluster(keep_on_primary(HOSTS))
@@ -166,7 +168,9 @@ async def test_a_host_that_is_silent_is_given_up(make_cluster: Any) -> None:
     ) as connect:
         await connect.ping()
         assert connect.host == f"{PRIMARY_HOST}:{url.port}"
+    await left.wait()
     silent.close()
+    await silent.wait_closed()
 
 
 @pytest.mark.parametrize("make", [keep_on_primary, keep_on_replica])

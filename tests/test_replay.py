@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -16,11 +17,13 @@ from sqlalchemy import URL, insert, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request as StarletteRequest
 from starlette.routing import Mount, Route
 
 from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,
+    CommitOutcomeUnknownError,
     ContextClosedError,
     DBConnect,
     atomic_db_session,
@@ -29,6 +32,7 @@ from context_async_sqlalchemy import (
     is_context_initiated,
     new_db_session_ctx,
     on_commit,
+    rollback_db_session,
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
@@ -37,8 +41,10 @@ from examples.demo import connections_out
 from examples.serving import http_client, serve
 from tests.conftest import Database, checked_connect, make_connect
 from tests.models import Item, Seat
+from tests.postgres import free_port
 from tests.proxy import Call, Fault, proxy
 from tests.test_asgi_utils import add, app_of, call, http_scope, respond
+from tests.test_faults import cancel_at
 from tests.test_retry import ConflictError, Failing
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -48,6 +54,36 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 def no_pauses() -> Generator[None]:
     with stamina.set_testing(True, attempts=3):
         yield
+
+
+def starlette_app(endpoint: Any, handlers: dict[Any, Any], **options: Any) -> Starlette:
+    inner = Starlette(routes=[Route("/{name}", endpoint, methods=["POST"])])
+    app = Starlette(
+        routes=[Route("/{name}", endpoint, methods=["POST"]), Mount("/mounted", inner)],
+        exception_handlers=handlers,
+    )
+    add_starlette_http_db_session_middleware(app, **options)
+    return app
+
+
+def fastapi_app(endpoint: Any, handlers: dict[Any, Any], **options: Any) -> FastAPI:
+    app = FastAPI(exception_handlers=handlers)
+
+    async def fastapi_endpoint(request: Request) -> Response:
+        response: Response = await endpoint(request)
+        return response
+
+    app.add_api_route("/{name}", fastapi_endpoint, methods=["POST"])
+    add_fastapi_http_db_session_middleware(app, **options)
+    return app
+
+
+every_framework = pytest.mark.parametrize("make_app", [starlette_app, fastapi_app])
+
+
+async def post(app: Any, path: str = "/a", content: bytes = b"") -> httpx.Response:
+    async with http_client(app, log_level="critical") as client:
+        return await client.post(path, content=content)
 
 
 async def test_a_request_that_fails_for_the_moment_is_tried_again(
@@ -175,6 +211,60 @@ async def test_a_body_that_an_attempt_has_not_read_to_its_end_is_replayed_too() 
     async with http_client(middleware, lifespan="off") as client:
         assert (await client.post("/", content=body)).status_code == 200
     assert read == [len(body)]
+
+
+class FailFirst:
+    """A middleware that fails before anybody has read the body, as a query of its own may."""
+
+    def __init__(self, app: ASGIApp, fail: Callable[[], None]) -> None:
+        self.app = app
+        self.fail = fail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self.fail()
+        await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("size", [0, 10, 300_000, 900_000])
+async def test_the_body_is_whole_behind_a_base_http_middleware(size: int) -> None:
+    fail = Failing(2)
+
+    async def endpoint(request: StarletteRequest) -> Response:
+        return PlainTextResponse(await request.body())
+
+    async def dispatch(request: StarletteRequest, call_next: Any) -> Any:
+        return await call_next(request)
+
+    app = Starlette(routes=[Route("/a", endpoint, methods=["POST"])])
+    app.add_middleware(FailFirst, fail=fail)
+    add_starlette_http_db_session_middleware(app, attempts=3)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    body = bytes(range(250)) * (size // 250) or b"x" * size
+    response = await post(app, content=body)
+    assert (response.status_code, response.content == body) == (200, True)
+
+
+async def test_a_body_whose_reading_the_application_cancels_is_not_replayed() -> None:
+    runs = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal runs
+        runs += 1
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await receive()
+        raise ConflictError
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        return {}
+
+    with pytest.raises(ConflictError) as info:
+        middleware = ASGIHTTPDBSessionMiddleware(app, attempts=3)
+        await middleware(http_scope(), receive, respond)  # type: ignore[arg-type]
+    assert "cancelled the reading of its body" in info.value.__notes__[0]
+    assert runs == 1
 
 
 @pytest.mark.parametrize(("limit", "status", "runs"), [(1000, 200, 3), (999, 500, 1), (0, 500, 1)])
@@ -363,6 +453,196 @@ async def test_a_request_of_which_one_database_was_committed_is_not_tried_again(
     assert await database.names() == ["run 1"]
 
 
+async def test_a_lost_commit_that_the_application_swallowed_is_not_repeated(
+    database_url: URL, database: Database
+) -> None:
+    async with losing_commits(database_url) as lossy:
+        runs = 0
+
+        async def handler(_: Scope) -> int:
+            nonlocal runs
+            runs += 1
+            with suppress(CommitOutcomeUnknownError):
+                async with atomic_db_session(lossy):
+                    await add(lossy, f"run {runs}")
+            raise ConflictError
+
+        with pytest.raises(ConflictError) as info:
+            await call(app_of(handler, attempts=3))
+    assert "or may have been" in info.value.__notes__[0]
+    assert await database.names() == ["run 1"]
+
+
+async def test_a_lost_commit_is_not_repeated_whatever_is_raised_while_looking_after_it(
+    database_url: URL, database: Database
+) -> None:
+    async with losing_commits(database_url) as lossy:
+        runs = 0
+
+        async def handler(_: Scope) -> int:
+            nonlocal runs
+            runs += 1
+            session = await add(lossy, f"run {runs}")
+            try:
+                await session.commit()
+            except DBAPIError:
+                await session.rollback()
+            async with make_connect(database_url.set(port=free_port())) as away:
+                await away.ping()
+            return 200
+
+        with pytest.raises(ConnectionRefusedError) as info:
+            await call(app_of(handler, attempts=3))
+    assert "or may have been" in info.value.__notes__[0]
+    assert await database.names() == ["run 1"]
+
+
+async def test_a_commit_below_the_session_is_seen(connect: DBConnect, database: Database) -> None:
+    async def handler(_: Scope) -> int:
+        session = await add(connect, "a")
+        await (await session.connection()).commit()
+        raise ConflictError
+
+    with pytest.raises(ConflictError) as info:
+        await call(app_of(handler, attempts=3))
+    assert "had been committed" in info.value.__notes__[0]
+    assert await database.names() == ["a"]
+
+
+async def test_a_commit_that_was_cancelled_is_not_repeated(
+    connect: DBConnect, database: Database
+) -> None:
+    runs = 0
+
+    async def handler(_: Scope) -> int:
+        nonlocal runs
+        runs += 1
+        session = await add(connect, f"run {runs}")
+        await cancel_at(1, session.commit(), "asyncio", pause=0.05)
+        await session.rollback()
+        raise ConflictError
+
+    with pytest.raises(ConflictError):
+        await call(app_of(handler, attempts=3))
+    assert runs == 1
+    assert await database.names() == ["run 1"]
+
+
+async def test_a_commit_that_the_server_refused_is_repeated(
+    connect: DBConnect, database: Database
+) -> None:
+    runs = 0
+
+    async def handler(_: Scope) -> int:
+        nonlocal runs
+        runs += 1
+        session = await db_session(connect)
+        session.add_all([Seat(number=1), Seat(number=1 if runs == 1 else 2)])
+        try:
+            await commit_db_session(connect)
+        except IntegrityError:
+            await rollback_db_session(connect)
+            raise ConflictError from None
+        return 200
+
+    await call(app_of(handler, attempts=3))
+    assert runs == 2
+    assert await database.seats() == [1, 2]
+
+
+async def test_callbacks_that_have_run_are_not_called_again(connect: DBConnect) -> None:
+    called: list[int] = []
+
+    async def handler(_: Scope) -> int:
+        async with atomic_db_session(connect):
+            on_commit(connect, lambda: called.append(1))
+        raise ConflictError
+
+    with pytest.raises(ConflictError):
+        await call(app_of(handler, attempts=3))
+    assert called == [1]
+
+
+async def test_another_service_that_hangs_up_is_none_of_our_business(connect: DBConnect) -> None:
+    runs = 0
+
+    async def handler(_: Scope) -> int:
+        nonlocal runs
+        runs += 1
+        await add(connect, "a")
+        await asyncio.open_connection("127.0.0.1", free_port())
+        return 200
+
+    with pytest.raises(ConnectionRefusedError):
+        await call(app_of(handler, attempts=3))
+    assert runs == 1
+
+
+async def test_an_error_that_somebody_around_the_application_handles_is_not_ours() -> None:
+    runs = 0
+
+    async def handler(_: Scope) -> int:
+        nonlocal runs
+        runs += 1
+        return 404
+
+    app = app_of(handler, attempts=3)
+    try:
+        raise ConflictError
+    except ConflictError:
+        await call(app)
+    assert runs == 1
+
+
+@asynccontextmanager
+async def losing_commits(database_url: URL) -> AsyncGenerator[DBConnect]:
+    """Make a connect whose connection is lost after each COMMIT, before its answer."""
+
+    async def lose_commit(call: Call) -> Fault | None:
+        return Fault.LOST_AFTER if call.statement.startswith("COMMIT") else None
+
+    assert database_url.host is not None
+    assert database_url.port is not None
+    async with proxy(database_url.host, database_url.port, lose_commit) as port:
+        lossy = make_connect(database_url.set(host="127.0.0.1", port=port))
+        yield lossy
+        await lossy.close()
+
+
+@every_framework
+async def test_the_background_work_of_an_answer_that_is_not_sent_is_not_done(
+    make_app: Any,
+) -> None:
+    fail, done = Failing(99), list[int]()
+
+    async def answer(_: Any, error: Exception) -> Response:
+        return JSONResponse({}, 503, background=BackgroundTask(done.append, fail.calls))
+
+    async def endpoint(_: StarletteRequest) -> Response:
+        fail()
+        return PlainTextResponse("ok")
+
+    response = await post(make_app(endpoint, {ConflictError: answer}, attempts=3))
+    assert response.status_code == 503
+    assert done == [3]
+
+
+async def test_a_dictionary_of_a_class_of_its_own_is_restored_too() -> None:
+    class Session(dict[str, str]):
+        pass
+
+    fail, tokens = Failing(1), list[str]()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tokens.append(scope["session"].pop("csrf"))
+        fail()
+        await respond(send)
+
+    session = Session(csrf="token")
+    await call(ASGIHTTPDBSessionMiddleware(app, attempts=2), {**http_scope(), "session": session})
+    assert tokens == ["token", "token"]
+
+
 async def test_the_scope_is_as_it_was_for_each_attempt() -> None:
     fail = Failing(1)
     scopes: list[Scope] = []
@@ -397,39 +677,6 @@ async def test_the_scope_is_as_it_was_for_each_attempt() -> None:
     # What an outer middleware holds shows what the last attempt has put there.
     assert scope["route"] == "added"
     assert state == {"shared": 1, "added": 1}
-
-
-Answer = Callable[[Any, Exception], Awaitable[Any]]
-
-
-def starlette_app(endpoint: Any, handlers: dict[Any, Any], **options: Any) -> Starlette:
-    inner = Starlette(routes=[Route("/{name}", endpoint, methods=["POST"])])
-    app = Starlette(
-        routes=[Route("/{name}", endpoint, methods=["POST"]), Mount("/mounted", inner)],
-        exception_handlers=handlers,
-    )
-    add_starlette_http_db_session_middleware(app, **options)
-    return app
-
-
-def fastapi_app(endpoint: Any, handlers: dict[Any, Any], **options: Any) -> FastAPI:
-    app = FastAPI(exception_handlers=handlers)
-
-    async def fastapi_endpoint(request: Request) -> Response:
-        response: Response = await endpoint(request)
-        return response
-
-    app.add_api_route("/{name}", fastapi_endpoint, methods=["POST"])
-    add_fastapi_http_db_session_middleware(app, **options)
-    return app
-
-
-every_framework = pytest.mark.parametrize("make_app", [starlette_app, fastapi_app])
-
-
-async def post(app: Any, path: str = "/a", content: bytes = b"") -> httpx.Response:
-    async with http_client(app, log_level="critical") as client:
-        return await client.post(path, content=content)
 
 
 @every_framework
