@@ -27,7 +27,6 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.pool import QueuePool
 
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
@@ -198,10 +197,7 @@ async def wait_for_transactions(counter: TransactionCounter, count: int) -> None
 
 def connections_out(connect: DBConnect) -> int:
     """Return how many connections are out of the pool."""
-    if connect.engine is None:
-        return 0
-    assert isinstance(connect.engine.pool, QueuePool)
-    return connect.engine.pool.checkedout()
+    return connect.pool_status().checked_out
 
 
 @asynccontextmanager

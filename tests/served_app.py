@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fastapi import BackgroundTasks, FastAPI, HTTPException
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import insert
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, db_session
@@ -35,7 +36,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-add_fastapi_http_db_session_middleware(app)
+add_fastapi_http_db_session_middleware(app, attempts=3)
+attempts = Counter[str]()
 
 
 async def add(name: str) -> None:
@@ -98,6 +100,16 @@ async def stream_without_end(name: str) -> StreamingResponse:
 async def write_in_background(name: str, background: BackgroundTasks) -> None:
     await add(name)
     background.add_task(add, f"{name} later")
+
+
+@app.post("/{name}/again")
+async def succeed_in_the_end(name: str, request: Request) -> Response:
+    attempts[name] += 1
+    await add(name)
+    if attempts[name] < 3:
+        session = await db_session(connect)
+        await session.execute(text("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"))
+    return Response(await request.body())
 
 
 @app.get("/stats")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncGenerator, Generator
 from contextlib import suppress
@@ -74,6 +75,16 @@ async def test_what_a_background_task_writes_is_committed(
     assert (await client.post("/a/background")).status_code == 202
     assert "a" in await database.names()
     await until_names_are(["a", "a later"], database)
+
+
+@pytest.mark.parametrize("size", [0, 10, 300_000])
+async def test_a_request_that_is_tried_again_has_its_whole_body(
+    client: httpx.AsyncClient, database: Database, size: int
+) -> None:
+    body = os.urandom(size)
+    response = await client.post(f"/{size}/again", content=body)
+    assert (response.status_code, response.content == body) == (200, True)
+    assert await database.names() == [str(size)]
 
 
 async def test_what_the_body_of_a_client_that_hangs_up_wrote_is_rolled_back(
