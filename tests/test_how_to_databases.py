@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -309,6 +310,9 @@ async def test_every_order_is_taken_while_the_primary_dies_and_the_standby_is_pr
         assert is_all_closed(program)
 
 
+@pytest.mark.skipif(
+    version("asyncpg").split(".") < ["0", "32"], reason="asyncpg waits for a silent server here"
+)
 async def test_a_silent_host_is_given_up_after_the_command_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
