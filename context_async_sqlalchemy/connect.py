@@ -6,10 +6,10 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Literal, Self, TypedDict, Unpack, cast
 
 from sqlalchemy import URL, Executable, Select, select
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy.engine import (
@@ -23,12 +23,35 @@ from context_async_sqlalchemy.engines import Engines, SessionMaker
 from context_async_sqlalchemy.pools import PoolStatus, close_idle_connections, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
+from context_async_sqlalchemy.session_type import SessionT, SessionT_co
 from context_async_sqlalchemy.shield import logger
 
 _numbers = itertools.count(1)
 
 
-class DBConnect:
+class SessionOptions(TypedDict, Generic[SessionT], total=False):
+    """The options of `async_sessionmaker`.
+
+    See https://docs.sqlalchemy.org/en/20/orm/session_api.html#sqlalchemy.orm.Session.params
+    """
+
+    class_: type[SessionT]
+    autobegin: bool
+    autoflush: bool
+    binds: Mapping[Any, Any]
+    close_resets_only: bool
+    enable_baked_queries: bool
+    expire_on_commit: bool
+    info: dict[Any, Any]
+    join_transaction_mode: Literal[
+        "conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"
+    ]
+    query_cls: type[Any]
+    sync_session_class: type[Session]
+    twophase: bool
+
+
+class DBConnect(Generic[SessionT_co]):
     """One database as the application sees it.
 
     Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
@@ -55,9 +78,12 @@ class DBConnect:
     def __init__(
         self,
         engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],
-        session_maker_creator: Callable[[AsyncEngine], Awaitable[SessionMaker] | SessionMaker],
+        session_maker_creator: Callable[
+            [AsyncEngine],
+            Awaitable[async_sessionmaker[SessionT_co]] | async_sessionmaker[SessionT_co],
+        ],
         host: str | None = None,
-        before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None = None,
+        before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None = None,
     ) -> None:
         _check_callable("engine_creator", engine_creator)
         _check_callable("session_maker_creator", session_maker_creator)
@@ -77,13 +103,13 @@ class DBConnect:
         url: str | URL,
         password: str | None = None,
         *,
-        before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None = None,
-        session_options: Mapping[str, Any] | None = None,
+        before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None = None,
+        session_options: SessionOptions[SessionT_co] | None = None,
         ping_after_idle: float = 1.0,
         idle_timeout: float | None = None,
         min_idle: int = 0,
         **engine_options: Unpack[EngineOptions],
-    ) -> Self:
+    ) -> DBConnect[SessionT_co]:
         """Make a connect for a database URL; opens nothing.
 
             connect = DBConnect.from_url("postgresql://app@db.example.com/shop", password)
@@ -98,8 +124,8 @@ class DBConnect:
                 URL.
             before_create_session_handler: As of `DBConnect`. Its `change_host` replaces the host of
                 the URL, and the port, if it is given as "host:port". Default None.
-            session_options: What `async_sessionmaker` takes; `expire_on_commit` is False unless it
-                is given here. Default None.
+            session_options: What `async_sessionmaker` takes, such as a `class_` of your own;
+                `expire_on_commit` is False unless it is given here. Default None.
             ping_after_idle: With `pool_pre_ping=True`, ping a connection only when it has lain in
                 the pool for longer than this, in seconds. Default 1.
             idle_timeout: Close a connection that has lain in the pool for longer than this, in
@@ -115,7 +141,7 @@ class DBConnect:
                 sense.
         """
         database = parse_url(url, password)
-        options = {"expire_on_commit": False, **(session_options or {})}
+        options: dict[str, Any] = {"expire_on_commit": False, **(session_options or {})}
         if idle_timeout is not None:
             _check_idle_options(database, idle_timeout, min_idle)
             engine_options.setdefault("pool_use_lifo", True)
@@ -210,7 +236,7 @@ class DBConnect:
         _check_host(host)
         return await self._engines.make_engine(host)
 
-    async def create_session(self) -> AsyncSession:
+    async def create_session(self) -> SessionT_co:
         """Make a session that belongs to the caller, in no context.
 
         Raises:
@@ -225,7 +251,7 @@ class DBConnect:
             )
         return session  # type: ignore[return-value]  # duck-typed: users' tests pass mocks
 
-    async def session_maker(self) -> SessionMaker:
+    async def session_maker(self) -> async_sessionmaker[SessionT_co]:
         """Run the handler, then return the sessionmaker, made on the first call.
 
         Raises:
@@ -236,7 +262,7 @@ class DBConnect:
             await self._before_create_session_handler(self)
         if self.host is None and self._needs_host:
             raise ValueError("host is not set")
-        return (await self._engines.get()).session_maker
+        return cast("async_sessionmaker[SessionT_co]", (await self._engines.get()).session_maker)
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Ask the database for an answer, on a session of its own.

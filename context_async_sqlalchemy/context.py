@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import ContextVar, Token
+from typing import Any, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -16,6 +17,7 @@ from context_async_sqlalchemy.exceptions import (
     ContextNotInitiatedError,
 )
 from context_async_sqlalchemy.release import close_sessions, is_in_transaction, refuse_further_use
+from context_async_sqlalchemy.session_type import SessionT
 from context_async_sqlalchemy.shield import logger
 
 
@@ -50,7 +52,7 @@ class DBSessionContext:
     )
 
     def __init__(self) -> None:
-        self.by_key: dict[str, AsyncSession] = {}
+        self.by_key: dict[str, Any] = {}  # a session of the class that the connect makes
         self.sessions: list[AsyncSession] = []
         self.made: list[AsyncSession] = []
         self.locks: dict[str, asyncio.Lock] = {}
@@ -72,7 +74,7 @@ class DBSessionContext:
 
     def pop(self, context_key: str) -> AsyncSession | None:
         """Take out the session of a connect, which is the caller's then."""
-        session = self.by_key.pop(context_key, None)
+        session: AsyncSession | None = self.by_key.pop(context_key, None)
         if session is not None and session not in self.by_key.values():
             self.sessions.remove(session)
             if session in self.made:
@@ -214,14 +216,15 @@ async def reset_db_session_ctx(
     await context.end(with_close)
 
 
-def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
+def get_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None:
     """Return the context's session for `connect`, or None if it was not asked for yet.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    return current_context().by_key.get(connect.context_key)
+    session: SessionT | None = current_context().by_key.get(connect.context_key)
+    return session
 
 
 def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None:
@@ -239,7 +242,7 @@ def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None
     current_context().put(connect.context_key, session)
 
 
-def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
+def pop_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None:
     """Take the session for `connect` out of the context; the caller settles and closes it.
 
     Returns:
@@ -249,4 +252,4 @@ def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
     """
-    return current_context().pop(connect.context_key)
+    return cast("SessionT | None", current_context().pop(connect.context_key))

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy.guards import guard, retire
 from context_async_sqlalchemy.loops import PerLoop
@@ -16,7 +16,7 @@ from context_async_sqlalchemy.pools import count_connections, finish_closing
 from context_async_sqlalchemy.shield import run_to_completion
 
 T = TypeVar("T")
-SessionMaker: TypeAlias = async_sessionmaker[AsyncSession]
+SessionMaker: TypeAlias = async_sessionmaker[Any]
 
 
 class Opened(NamedTuple):

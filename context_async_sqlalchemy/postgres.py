@@ -16,7 +16,7 @@ from context_async_sqlalchemy.engines import close_engines
 from context_async_sqlalchemy.loops import PerLoop
 from context_async_sqlalchemy.shield import logger, run_to_completion
 
-Handler: TypeAlias = Callable[[DBConnect], Awaitable[None]]
+Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
 
 _BEST = 0
 

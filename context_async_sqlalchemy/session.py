@@ -26,12 +26,13 @@ from context_async_sqlalchemy.release import (
     is_in_transaction,
     rollback_sessions,
 )
+from context_async_sqlalchemy.session_type import SessionT
 from context_async_sqlalchemy.shield import logger, run_to_completion
 
 CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
 
 
-async def db_session(connect: DBConnect) -> AsyncSession:
+async def db_session(connect: DBConnect[SessionT]) -> SessionT:
     """Return the session of the context for `connect`, made on the first call.
 
     Every coroutine and child task of the context gets the same one. It is committed or rolled
@@ -45,15 +46,15 @@ async def db_session(connect: DBConnect) -> AsyncSession:
         ContextClosedError: If it has ended.
     """
     context = current_context()
-    session = context.by_key.get(connect.context_key)
+    session: SessionT | None = context.by_key.get(connect.context_key)
     if session is None:
         session = await _create_session(context, connect)
     return session
 
 
 def atomic_db_session(
-    connect: DBConnect, current_transaction: CurrentTransaction = "commit"
-) -> AbstractAsyncContextManager[AsyncSession]:
+    connect: DBConnect[SessionT], current_transaction: CurrentTransaction = "commit"
+) -> AbstractAsyncContextManager[SessionT]:
     """Run a block in a transaction of the context's session, committed at its end.
 
     An exception rolls it back.
@@ -122,7 +123,7 @@ async def close_db_session(connect: DBConnect) -> None:
 
 
 @asynccontextmanager
-async def new_non_ctx_session(connect: DBConnect) -> AsyncGenerator[AsyncSession]:
+async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
     """Make a session in no context for a block, and close it at its end.
 
     What the block does not commit is rolled back.
@@ -138,7 +139,7 @@ async def new_non_ctx_session(connect: DBConnect) -> AsyncGenerator[AsyncSession
 
 
 @asynccontextmanager
-async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[AsyncSession]:
+async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
     """Make a session in no context for a block, and commit it at its end.
 
     An exception rolls it back.
@@ -152,7 +153,7 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncGenerator[Async
         await commit_session(session)
 
 
-async def _create_session(context: DBSessionContext, connect: DBConnect) -> AsyncSession:
+async def _create_session(context: DBSessionContext, connect: DBConnect[SessionT]) -> SessionT:
     key = connect.context_key
     if key in (creating := _creating.get()):
         raise RuntimeError(
@@ -161,7 +162,7 @@ async def _create_session(context: DBSessionContext, connect: DBConnect) -> Asyn
         )
     # Two tasks may ask first at the same time, and the handler of the connect may really wait.
     async with context.locks.setdefault(key, asyncio.Lock()):
-        session = context.by_key.get(key)
+        session: SessionT | None = context.by_key.get(key)
         if session is not None:
             return session
         token = _creating.set(creating | {key})
@@ -183,8 +184,8 @@ _creating: ContextVar[frozenset[str]] = ContextVar("creating", default=frozenset
 
 @asynccontextmanager
 async def _atomic_db_session(
-    connect: DBConnect, current_transaction: CurrentTransaction
-) -> AsyncGenerator[AsyncSession]:
+    connect: DBConnect[SessionT], current_transaction: CurrentTransaction
+) -> AsyncGenerator[SessionT]:
     session = await db_session(connect)
     if is_in_transaction(session):
         if current_transaction == "savepoint":

@@ -1,0 +1,100 @@
+"""What users see of the types: this only has to type-check."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import create_async_engine as create
+
+from context_async_sqlalchemy import (
+    ASGIHTTPDBSessionMiddleware,
+    DBConnect,
+    atomic_db_session,
+    db_session,
+    get_db_session_from_context,
+    is_transient_error,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    on_commit,
+    pop_db_session_from_context,
+    retry_on_transient_error,
+    run_in_new_ctx,
+)
+from context_async_sqlalchemy.postgres import keep_on_primary
+
+
+class OurSession(AsyncSession):
+    """A session class of the user's, as SQLModel's."""
+
+    async def exec(self, statement: str) -> list[str]:
+        return [statement]
+
+
+async def with_the_class_of_sqlalchemy(connect: DBConnect) -> None:
+    assert_type(await db_session(connect), AsyncSession)
+    assert_type(await connect.create_session(), AsyncSession)
+
+
+async def with_a_class_of_their_own(engine: AsyncEngine) -> None:
+    def make(engine: AsyncEngine) -> async_sessionmaker[OurSession]:
+        return async_sessionmaker(engine, class_=OurSession)
+
+    async def make_later(engine: AsyncEngine) -> async_sessionmaker[OurSession]:
+        return make(engine)
+
+    for connect in (
+        DBConnect(create, make, host="h"),
+        DBConnect(create, make_later, host="h"),
+        DBConnect(create, lambda engine: async_sessionmaker(engine, class_=OurSession), "h"),
+        DBConnect.from_url("sqlite://", session_options={"class_": OurSession}),
+    ):
+        assert_type(connect, DBConnect[OurSession])
+        assert_type(await db_session(connect), OurSession)
+        assert_type(await (await db_session(connect)).exec("SELECT"), list[str])
+        assert_type(await connect.create_session(), OurSession)
+        assert_type(get_db_session_from_context(connect), OurSession | None)
+        assert_type(pop_db_session_from_context(connect), OurSession | None)
+        async with (
+            atomic_db_session(connect, "savepoint") as one,
+            new_non_ctx_session(connect) as two,
+            new_non_ctx_atomic_session(connect) as three,
+        ):
+            assert_type(one, OurSession)
+            assert_type(two, OurSession)
+            assert_type(three, OurSession)
+        # Who does not care about the class takes any connect.
+        await with_the_class_of_sqlalchemy(connect)
+        on_commit(connect, print)
+
+
+async def without_a_class() -> None:
+    assert_type(DBConnect.from_url("sqlite://"), DBConnect[AsyncSession])
+    assert_type(DBConnect(create, async_sessionmaker, host="h"), DBConnect[AsyncSession])
+    async with DBConnect.from_url(
+        "postgresql://h/d",
+        "password",
+        pool_size=2,
+        isolation_level="SERIALIZABLE",
+        before_create_session_handler=keep_on_primary(["a", "b"]),
+        session_options={"expire_on_commit": True},
+    ) as connect:
+        assert_type(connect, DBConnect[AsyncSession])
+
+
+async def functions_keep_their_types() -> None:
+    async def work(number: int, *, name: str = "") -> str:
+        return name * number
+
+    assert_type(await run_in_new_ctx(work, 1, name="a"), str)
+    assert_type(await retry_on_transient_error(attempts=2)(work)(1, name="a"), str)
+    await run_in_new_ctx(work, "1")  # type: ignore[arg-type]
+    await retry_on_transient_error()(work)("1")  # type: ignore[arg-type]
+    assert_type(is_transient_error(Exception()), bool)
+
+
+def the_middleware_takes_its_options(app: Any) -> None:
+    ASGIHTTPDBSessionMiddleware(app, attempts=3, commit_on=lambda status: status < 300)
+    ASGIHTTPDBSessionMiddleware(app, attempts="3")  # type: ignore[arg-type]
+    DBConnect.from_url("sqlite://", pool_sise=3)  # type: ignore[call-arg]
+    DBConnect.from_url("sqlite://", session_options={"autoflash": 3})  # type: ignore[arg-type]
