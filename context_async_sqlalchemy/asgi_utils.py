@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TypedDict
 
-from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
     abandon,
@@ -17,11 +17,9 @@ from context_async_sqlalchemy.auto_commit import (
     settle,
 )
 from context_async_sqlalchemy.context import DBSessionContext, is_test_context, open_context
-from context_async_sqlalchemy.guards import is_in_use
-from context_async_sqlalchemy.release import wait_until_idle
 from context_async_sqlalchemy.replay import ReplayableRequest
 from context_async_sqlalchemy.retry import Retrying, may_be_repeated
-from context_async_sqlalchemy.shield import logger
+from context_async_sqlalchemy.settling_send import SettlingSend
 
 _SCOPE_KEY = "context_async_sqlalchemy"
 
@@ -85,7 +83,8 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
             return
 
-        settling = _SettlingSend(self, open_request_context(scope), send)
+        context = open_request_context(scope)
+        settling = SettlingSend(context, send, self.app, self.before_commit, self.commit_on)
         try:
             try:
                 if self._retrying is None:
@@ -108,7 +107,7 @@ class ASGIHTTPDBSessionMiddleware:
             await finish(settling.context, commit=commit, before_commit=self.before_commit)
 
     async def _try(
-        self, retrying: Retrying, scope: Scope, receive: Receive, settling: _SettlingSend
+        self, retrying: Retrying, scope: Scope, receive: Receive, settling: SettlingSend
     ) -> None:
         """Call the application until an attempt does not fail, or may not be repeated."""
         request = ReplayableRequest(scope, receive, self.replay_body_limit)
@@ -143,7 +142,7 @@ class ASGIHTTPDBSessionMiddleware:
             await request.close()
 
     async def _call(
-        self, scope: Scope, receive: Receive, settling: _SettlingSend
+        self, scope: Scope, receive: Receive, settling: SettlingSend
     ) -> Exception | None:
         """Call the application; return the error that has kept it from sending anything."""
         try:
@@ -169,123 +168,6 @@ class MiddlewareOptions(TypedDict, total=False):
     commit_on: Callable[[int], bool]
     attempts: int
     replay_body_limit: int
-
-
-class _SettlingSend:
-    """The `send` of a request, which settles its context before the response starts.
-
-    Attributes:
-        sent: Whether anything was sent.
-        started: Whether a response has started.
-        completed: Whether the last part of its body was sent.
-        commit: Whether the status of the response asks for a commit.
-        failure: The error that kept a response from starting.
-        is_repeatable: Whether to try again after an error, unless this is the last attempt.
-        held: The answer to such an error, sent if the request is not tried again after all.
-    """
-
-    __slots__ = (
-        "commit",
-        "completed",
-        "context",
-        "failure",
-        "held",
-        "is_repeatable",
-        "middleware",
-        "send",
-        "sent",
-        "started",
-    )
-
-    def __init__(
-        self, middleware: ASGIHTTPDBSessionMiddleware, context: DBSessionContext, send: Send
-    ) -> None:
-        self.middleware = middleware
-        self.send = send
-        self.sent = False
-        self.started = False
-        self.is_repeatable: Callable[[Exception], bool] | None = None
-        self.begin(context)
-
-    def begin(self, context: DBSessionContext) -> None:
-        """Begin an attempt to answer the request."""
-        self.context = context
-        self.completed = False
-        self.commit = False
-        self.failure: Exception | None = None
-        self.held: list[Message] = []
-
-    async def __call__(self, message: Message) -> None:
-        if self.held:
-            self.held.append(message)
-            if not message.get("more_body", False):
-                # Not an Exception, which the application might catch: what it does after an answer
-                # that is not sent shall not be done.
-                raise AnswerHeld
-            return
-        if message["type"] == "http.response.start":
-            self.commit = self.middleware.commit_on(message["status"])
-            if self.context.used:
-                try:
-                    await self._settle(self.commit)
-                except Exception as error:
-                    self.failure = error
-                    raise
-            if self.is_repeatable is not None and not self.commit:
-                # An exception handler answers from within `except`, those of Starlette do.
-                answered = sys.exception()
-                if isinstance(answered, Exception) and self.is_repeatable(answered):
-                    self.failure = answered
-                    self.held.append(message)
-                    return
-            self.started = True
-        elif self.started and not message.get("more_body", False):
-            if self.context.used:
-                # Whoever has the whole body shall be able to rely on what it says.
-                await self._settle(True)
-            self.completed = True
-        self.sent = True
-        await self.send(message)
-
-    async def forward_held(self) -> None:
-        """Send the answer to the last failure: there is no other attempt."""
-        held, self.held = self.held, []
-        self.is_repeatable = None
-        for message in held:
-            await self(message)
-
-    def succeeded(self) -> bool:
-        """Return whether to commit what is open when the application has returned."""
-        if self.started and not self.completed and self.context.in_transaction():
-            # Starlette stops the body of a client that hangs up, and returns as if it had ended.
-            logger.warning(
-                "A response was not completed, as when its client hangs up: what was written after "
-                "it had started is rolled back."
-            )
-        return self.completed and (self.commit or not self.context.settles_late)
-
-    async def _settle(self, commit: bool) -> None:
-        sessions = self.context.sessions
-        if not self.context.settles_late:
-            if any(map(is_in_use, sessions)) and _runs_in_another_task(self.middleware.app):
-                await wait_until_idle(sessions)
-            before_commit = self.middleware.before_commit
-            await settle(self.context, commit=commit, before_commit=before_commit)
-
-
-class AnswerHeld(BaseException):
-    """Ends an attempt whose answer is not sent."""
-
-
-def _runs_in_another_task(app: ASGIApp) -> bool:
-    # Inside a BaseHTTPMiddleware of Starlette the application goes on with its body while its
-    # response is started out here, and may be inside a statement, which is nobody's mistake then.
-    inner: object = app
-    while inner is not None:
-        if any(cls.__name__ == "BaseHTTPMiddleware" for cls in type(inner).__mro__):
-            return True
-        inner = getattr(inner, "app", None) or getattr(inner, "middleware_stack", None)
-    return False
 
 
 def has_context(scope: Scope) -> bool:
