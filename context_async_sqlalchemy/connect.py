@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypedDict, Unpack, cast
 
-from sqlalchemy import URL, Executable, Select, select
+from sqlalchemy import URL, Executable, Pool, QueuePool, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -20,6 +20,7 @@ from context_async_sqlalchemy.engine import (
     set_host,
 )
 from context_async_sqlalchemy.engines import Engines, SessionMaker
+from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.pools import PoolStatus, close_idle_connections, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
@@ -143,7 +144,7 @@ class DBConnect(Generic[SessionT_co]):
         database = parse_url(url, password)
         options: dict[str, Any] = {"expire_on_commit": False, **(session_options or {})}
         if idle_timeout is not None:
-            _check_idle_options(database, idle_timeout, min_idle)
+            _check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
             engine_options.setdefault("pool_use_lifo", True)
         elif min_idle:
             raise ValueError("min_idle needs an idle_timeout")
@@ -340,10 +341,11 @@ class DBConnect(Generic[SessionT_co]):
 
     @property
     def _engine(self) -> AsyncEngine | None:
-        return self._engines.here()
+        return self._engines.put_by_hand or self._engines.here()
 
     @_engine.setter
     def _engine(self, engine: AsyncEngine) -> None:
+        guard(engine)
         self._engines.put_by_hand = engine
 
     @property
@@ -361,10 +363,14 @@ def _check_callable(name: str, value: object) -> None:
         raise TypeError(f"{name} must be callable, not {type(value).__name__}")
 
 
-def _check_idle_options(url: URL, idle_timeout: float, min_idle: int) -> None:
+def _check_idle_options(
+    url: URL, idle_timeout: float, min_idle: int, poolclass: type[Pool] | None
+) -> None:
     if idle_timeout <= 0:
         raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
     if min_idle < 0:
         raise ValueError(f"min_idle must be at least 0, not {min_idle}")
+    if poolclass is not None and not issubclass(poolclass, QueuePool):
+        raise ValueError(f"idle_timeout is of no use with {poolclass.__name__}")
     if is_in_memory(url):
         raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")

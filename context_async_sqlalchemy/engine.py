@@ -147,13 +147,16 @@ def set_host(url: URL, host: str | None) -> URL:
     name, _, port = host.rpartition(":")
     is_bare_ipv6 = ":" in name and not name.endswith("]")
     if not name or is_bare_ipv6 or not port.isdecimal():
-        return url.set(host=host)
+        return url.set(host=host.strip("[]"))
     return url.set(host=name.strip("[]"), port=int(port))
 
 
 def is_in_memory(url: URL) -> bool:
-    """Return whether it is a database of SQLite's that no other connection can see."""
-    return url.get_backend_name() == "sqlite" and url.database in {None, "", ":memory:"}
+    """Return whether it is a database of SQLite's that ends with its last connection."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    in_query = "memory" in url.query.get("mode", ())
+    return in_query or not url.database or ":memory:" in url.database
 
 
 def _read_url(url: str | URL) -> URL:

@@ -16,6 +16,8 @@ from context_async_sqlalchemy.pools import count_connections, finish_closing
 from context_async_sqlalchemy.shield import run_to_completion
 
 T = TypeVar("T")
+
+_MOMENT = 1.0  # seconds
 SessionMaker: TypeAlias = async_sessionmaker[Any]
 
 
@@ -55,6 +57,7 @@ class Engines:
         self.put_by_hand: AsyncEngine | None = None
         self._engine_creator = engine_creator
         self._session_maker_creator = session_maker_creator
+        self._retiring: set[asyncio.Task[None]] = set()
         self._places = PerLoop(_Place)
 
     async def get(self) -> Opened:
@@ -63,19 +66,23 @@ class Engines:
         if (opened := place.opened) is not None and opened.host == self.host:
             return opened
         async with place.lock:
+            retiring = None
             if (opened := place.opened) is None or opened.host != self.host:
                 opened = await self._make(self.host)
-                await self._put(place, opened)
-            return opened
+                retiring = self._put(place, opened)
+        await _wait_a_moment(retiring)
+        return opened
 
     async def switch(self, host: str, *, anew: bool) -> None:
         """Talk to `host` from now on, with a new engine even if it is the host already."""
         place = self._places.here()
         async with place.lock:
+            retiring = None
             if anew or host != self.host:
                 opened = await self._make(host)
                 self.host = host
-                await self._put(place, opened)
+                retiring = self._put(place, opened)
+        await _wait_a_moment(retiring)
 
     async def close(self) -> None:
         """Close every engine, those of other loops in theirs."""
@@ -85,12 +92,18 @@ class Engines:
             if self.put_by_hand is not None:
                 engines.append(self.put_by_hand)
             place.opened = self.latest = self.put_by_hand = None
-            if engines:
-                await run_to_completion(close_engines(*engines))
+        if engines or self._retiring:
+            await run_to_completion(self._close(engines))
         for loop, other in self._places.elsewhere():
             if other.opened is not None:
-                asyncio.run_coroutine_threadsafe(close_engines(other.opened.engine), loop)
+                asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
                 other.opened = None
+
+    async def _close(self, engines: list[AsyncEngine]) -> None:
+        closing = [asyncio.create_task(close_engine(engine)) for engine in engines]
+        loop = asyncio.get_running_loop()
+        retiring = [task for task in self._retiring if task.get_loop() is loop]
+        await asyncio.gather(*closing, *retiring)
 
     def here(self) -> AsyncEngine | None:
         """Return the engine of the running loop, or else the one that was opened last."""
@@ -115,18 +128,31 @@ class Engines:
         count_connections(engine)
         return Opened(host, engine, session_maker)
 
-    async def _put(self, place: _Place, opened: Opened) -> None:
+    def _put(self, place: _Place, opened: Opened) -> asyncio.Task[None] | None:
+        """Put an engine in the place of another one; return what closes that."""
         retired, place.opened, self.latest = place.opened, opened, opened
-        # A creator may keep its engines, and return the one in use.
-        if retired is not None and retired.engine is not opened.engine:
-            await run_to_completion(close_engines(retired.engine))
+        if retired is None:
+            return None
+        # A creator may keep its engines, and return the one in use: its users are counted.
+        is_mock = not isinstance(getattr(retired.engine, "sync_engine", None), Engine)
+        if is_mock and retired.engine is opened.engine:
+            return None
+        task = asyncio.create_task(close_engine(retired.engine))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return task
 
 
-async def close_engines(*engines: AsyncEngine) -> None:
-    """Close the connections of engines: the idle ones now, the others as they come back."""
-    for engine in engines:
-        await retire(engine)
-        await finish_closing(engine)
+async def close_engine(engine: AsyncEngine) -> None:
+    """Close the connections of an engine: the idle ones now, the others as they come back."""
+    await retire(engine)
+    await finish_closing(engine)
+
+
+async def _wait_a_moment(retiring: asyncio.Task[None] | None) -> None:
+    # Its connections are gone when this returns, unless the server is silent: who waits for that?
+    if retiring is not None:
+        await asyncio.wait([retiring], timeout=_MOMENT)
 
 
 async def _result_of(made: Awaitable[T] | T) -> T:

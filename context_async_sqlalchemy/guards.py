@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.dialects.postgresql.base import PGDialect
@@ -13,8 +13,13 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
+
+from context_async_sqlalchemy.shield import logger
 
 _FAILED = "context_async_sqlalchemy.failed_transaction"
+_GUARD = "_context_async_sqlalchemy_guard"
 _DURABLE = "context_async_sqlalchemy.durable"
 
 
@@ -29,23 +34,40 @@ class Durable(Protocol):
 
 
 def guard(engine: AsyncEngine) -> None:
-    """Watch the connections of an engine from now on."""
+    """Watch the connections of an engine from now on; `retire` says that the caller is done."""
     sync_engine = getattr(engine, "sync_engine", None)
     if not isinstance(sync_engine, Engine):
         return  # users' tests pass mocks
-    if sync_engine not in _guards:
-        _guards[sync_engine] = _Guard(sync_engine)
-    _guards[sync_engine].retired = False
+    guard = _guard_of(engine)
+    if guard is None:
+        guard = _Guard(sync_engine)
+        setattr(sync_engine.dialect, _GUARD, guard)
+    guard.users += 1
 
 
 async def retire(engine: AsyncEngine) -> None:
-    """Close the connections of an engine: the idle ones now, the others as they come back."""
-    # dispose() closes idle connections only. One that a session still holds would go back to a
-    # pool that nobody uses any more, and stay open there.
-    sync_engine = getattr(engine, "sync_engine", None)
-    if isinstance(sync_engine, Engine) and sync_engine in _guards:
-        _guards[sync_engine].retired = True
-    await engine.dispose()
+    """Close the connections of an engine: the idle ones now, the others as they come back.
+
+    Not if somebody else has it watched, as another connect whose creator returns it, too. A server
+    that is silent is waited for as long as its driver waits when it terminates a connection.
+    """
+    guard = _guard_of(engine)
+    if guard is None:
+        await engine.dispose()
+        return
+    guard.users = max(guard.users - 1, 0)
+    if guard.users == 0:
+        # dispose() closes idle connections only. One that a session still holds would go back to a
+        # pool that nobody uses any more, and stay open there.
+        await engine.dispose()
+        await guard.finish_closing()
+
+
+def _guard_of(engine: AsyncEngine) -> _Guard | None:
+    # By the dialect, which the copies share that Engine.execution_options() makes.
+    dialect = getattr(getattr(engine, "sync_engine", None), "dialect", None)
+    guard = getattr(dialect, _GUARD, None)
+    return guard if isinstance(guard, _Guard) else None
 
 
 def is_in_use(session: AsyncSession) -> bool:
@@ -86,21 +108,46 @@ def _transaction_of(session: AsyncSession) -> SessionTransaction | None:
 
 
 class _Guard:
-    """Watches the connections of one engine.
+    """Watches the connections of one engine, and of its copies.
 
     Attributes:
-        retired: Whether a connection that comes back is closed.
+        users: How many have it watched. Without any, a connection that comes back is closed.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.retired = False
+        self.users = 0
         self._dialect = engine.dialect
         self._do_commit = engine.dialect.do_commit
+        self._do_close = engine.dialect.do_close
+        self._closing: set[asyncio.Task[None]] = set()
+        engine.dialect.do_close = self._close  # type: ignore[assignment]
         event.listen(engine.pool, "checkin", self._on_checkin)
         # Not the event "commit": that would make every statement of the engine dearer.
         engine.dialect.do_commit = self._check_and_commit  # type: ignore[assignment]
         if isinstance(engine.dialect, PGDialect):
             event.listen(engine, "handle_error", self._on_error)
+
+    async def finish_closing(self) -> None:
+        """Wait until the connections are closed that are being closed."""
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _close(self, connection: DBAPIConnection) -> None:
+        # Politely, a driver may wait for a silent server without end. Whoever ends the use of an
+        # engine waits for all its connections at once, and not for ever.
+        if self.users or not in_greenlet():
+            self._do_close(connection)
+            return
+        task = asyncio.get_running_loop().create_task(self._terminate(connection))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _terminate(self, connection: DBAPIConnection) -> None:
+        close = self._dialect.do_terminate if self._dialect.has_terminate else self._do_close
+        try:
+            await greenlet_spawn(close, connection)
+        except Exception:
+            logger.warning("A connection failed to close", exc_info=True)
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         entry.info.pop(_FAILED, None)
@@ -112,7 +159,7 @@ class _Guard:
         # hot standby: each later one on that connection would be a SAVEPOINT, and fail.
         if is_in_transaction() or getattr(driver, "_top_xact", None) is not None:
             entry.invalidate()
-        elif self.retired:
+        elif not self.users:
             entry.close()
 
     def _on_error(self, context: ExceptionContext) -> None:
@@ -163,6 +210,3 @@ def _is_from_server(error: BaseException) -> bool:
         getattr(original, "severity", None)
         or getattr(getattr(original, "diag", None), "severity", None)
     )
-
-
-_guards: WeakKeyDictionary[Engine, _Guard] = WeakKeyDictionary()

@@ -25,7 +25,7 @@ class PerLoop(Generic[T]):
         loop = asyncio.get_running_loop()
         thing = self._by_loop.get(loop)
         if thing is None:
-            for other in [other for other in self._by_loop if other.is_closed()]:
+            for other in [other for other in list(self._by_loop) if other.is_closed()]:
                 self._by_loop.pop(other, None)
             thing = self._by_loop.setdefault(loop, self._make())
         return thing

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import islice
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, PoolProxiedConnection, QueuePool, event
+from sqlalchemy import Engine, Pool, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
 from context_async_sqlalchemy.shield import logger
+
+_IDLE = "_context_async_sqlalchemy_idle"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class PoolStatus:
 
     Attributes:
         size: How many the pool keeps open at most while nobody uses them.
-        checked_in: How many are open and not in use.
+        checked_in: How many lie in the pool; without `idle_timeout` this counts a place, too, whose
+            connection was given up.
         checked_out: How many are in use.
         overflow: How many there are beyond `size`.
         capacity: How many there can be at a time; None if there is no limit.
@@ -37,12 +40,14 @@ class PoolStatus:
 
 def pool_status(engine: AsyncEngine) -> PoolStatus:
     """Count the connections of `engine`, which `count_connections` has to know."""
-    pool = engine.pool
+    pool = getattr(engine, "pool", None)
+    if not isinstance(pool, Pool):  # users' tests pass mocks
+        return PoolStatus()
     if not isinstance(pool, QueuePool):  # NullPool and its like count nothing themselves
         count = _counts.get(engine.sync_engine)
         return PoolStatus(checked_out=count.checked_out if count is not None else 0)
     size, limit = pool.size(), pool._max_overflow
-    idle = _idle.get(engine.sync_engine)
+    idle = _idle_of(engine)
     return PoolStatus(
         size=size,
         # The pool counts the slots whose connection was closed, too.
@@ -70,14 +75,21 @@ def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -
         timeout: How long a connection may lie in the pool, in seconds.
         min_idle: How many to leave there all the same: those that were used last.
     """
-    _idle[engine.sync_engine] = _IdleConnections(engine.sync_engine, timeout, min_idle)
+    idle = _IdleConnections(engine.sync_engine, timeout, min_idle)
+    setattr(engine.sync_engine, _IDLE, idle)
 
 
 async def finish_closing(engine: AsyncEngine) -> None:
     """Leave no timer and no task of `close_idle_connections`."""
-    sync_engine = getattr(engine, "sync_engine", None)
-    if isinstance(sync_engine, Engine) and sync_engine in _idle:
-        await _idle[sync_engine].finish()
+    idle = _idle_of(engine)
+    if idle is not None:
+        await idle.finish()
+
+
+def _idle_of(engine: AsyncEngine) -> _IdleConnections | None:
+    # On the engine: in a dictionary with weak keys it would keep its own key alive.
+    idle = getattr(getattr(engine, "sync_engine", None), _IDLE, None)
+    return idle if isinstance(idle, _IdleConnections) else None
 
 
 class _Count:
@@ -85,6 +97,7 @@ class _Count:
         self.checked_out = 0
         event.listen(engine, "checkout", self._on_checkout)
         event.listen(engine, "checkin", self._on_checkin)
+        event.listen(engine, "detach", self._on_checkin)
 
     def _on_checkout(self, *_: object) -> None:
         self.checked_out += 1
@@ -103,6 +116,7 @@ class _IdleConnections:
         self._since: dict[ConnectionPoolEntry, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._is_finished = False
         event.listen(engine, "checkout", self._on_checkout)
         event.listen(engine, "checkin", self._on_checkin)
 
@@ -110,6 +124,7 @@ class _IdleConnections:
         return sum(entry.dbapi_connection is not None for entry in self._since)
 
     async def finish(self) -> None:
+        self._is_finished = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -123,6 +138,8 @@ class _IdleConnections:
         self._since.pop(entry, None)
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        if self._is_finished:
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # the garbage collector returns what the end of a loop left behind
@@ -159,4 +176,3 @@ class _IdleConnections:
 
 
 _counts: WeakKeyDictionary[Engine, _Count] = WeakKeyDictionary()
-_idle: WeakKeyDictionary[Engine, _IdleConnections] = WeakKeyDictionary()

@@ -6,14 +6,17 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.engines import close_engines
+from context_async_sqlalchemy.engines import close_engine
+from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.loops import PerLoop
+from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.shield import logger, run_to_completion
 
 Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
@@ -107,7 +110,7 @@ class _HostChooser:
         timeout: float,
     ) -> None:
         if isinstance(hosts, str):
-            raise TypeError(f"hosts must be a list of hosts, not one string: [{hosts!r}]")
+            raise TypeError("hosts must be a list of hosts, not one string")
         if not hosts or not all(hosts):
             raise ValueError("hosts must not be empty, nor any of them")
         for name, seconds in ("check_after", check_after), ("timeout", timeout):
@@ -118,36 +121,57 @@ class _HostChooser:
         self._wanted = wanted
         self._check_after = check_after
         self._timeout = timeout
-        self._locks = PerLoop(asyncio.Lock)
+        self._checks: PerLoop[dict[str, asyncio.Task[None]]] = PerLoop(dict)
         self._checked: dict[str, float] = {}
+        self._on_fallback: set[str] = set()
 
     async def __call__(self, connect: DBConnect) -> None:
-        if self._is_fresh(connect):
-            return
-        async with self._locks.here():  # who comes meanwhile waits for the answer
-            if not self._is_fresh(connect):
-                await self._choose(connect)
-                self._checked[connect.context_key] = time.monotonic()
+        key, checks = connect.context_key, self._checks.here()
+        if key not in checks:
+            checked = self._checked.get(key)
+            if checked is not None and time.monotonic() - checked < self._check_after:
+                return
+            # A task: it goes on when whoever has begun it is cancelled, and all get its answer.
+            checks[key] = asyncio.create_task(self._check(connect))
+            checks[key].add_done_callback(partial(self._forget, checks, key))
+        if key not in self._on_fallback:  # who is served, if not in the best way, does not wait
+            await asyncio.shield(checks[key])
 
-    def _is_fresh(self, connect: DBConnect) -> bool:
-        checked = self._checked.get(connect.context_key)
-        return checked is not None and time.monotonic() - checked < self._check_after
+    async def _check(self, connect: DBConnect) -> None:
+        key, host = connect.context_key, connect.host
+        rank = await self._ask(connect, host) if host in self._hosts else None
+        if rank != _BEST:
+            others = [other for other in self._hosts if other != host]
+            ranks = await asyncio.gather(*(self._ask(connect, other) for other in others))
+            found = list(zip(ranks, others, strict=True))
+            if host is not None:
+                found.append((rank, host))
+            rank = await self._choose(connect, found)
+        if rank == _BEST:
+            self._on_fallback.discard(key)
+        elif rank is not None:
+            self._on_fallback.add(key)
+        self._checked[key] = time.monotonic()
 
-    async def _choose(self, connect: DBConnect) -> None:
-        host = connect.host
-        if host in self._hosts and await self._ask(connect, host) == _BEST:
-            return
-        ranks = await asyncio.gather(*(self._ask(connect, other) for other in self._hosts))
-        found = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
-        if not found:
-            logger.warning("None of the hosts %s is %s", ", ".join(self._hosts), self._wanted)
-            if host is None:
+    async def _choose(self, connect: DBConnect, found: list[tuple[int | None, str]]) -> int | None:
+        best = min((rank for rank, _ in found if rank is not None), default=None)
+        candidates = [host for rank, host in found if rank == best]
+        if best is None:
+            hosts = hide_password(", ".join(self._hosts))
+            logger.warning("None of the hosts %s is %s", hosts, self._wanted)
+            if connect.host is None:
                 await connect.change_host(self._hosts[0])  # whose error comes through
-            return
-        best = min(found)[0]
-        candidates = [self._hosts[i] for rank, i in found if rank == best]
-        if host not in candidates:
+        elif connect.host not in candidates:
             await connect.change_host(random.choice(candidates))
+        return best
+
+    def _forget(
+        self, checks: dict[str, asyncio.Task[None]], key: str, check: asyncio.Task[None]
+    ) -> None:
+        del checks[key]
+        if not check.cancelled() and check.exception() is not None:
+            # Whoever waits for it is told. There may be nobody left.
+            logger.info("The hosts could not be asked", exc_info=check.exception())
 
     async def _ask(self, connect: DBConnect, host: str) -> int | None:
         """Return how good a host is, the smaller the better; None if it is of no use."""
@@ -155,13 +179,15 @@ class _HostChooser:
             async with asyncio.timeout(self._timeout):
                 # Not a connection of the pool: that may be full, and its host dead.
                 engine = await connect.create_engine(host)
+                guard(engine)  # a creator may return one that is in use
                 try:
                     return self._rank(await _state_of(engine))
                 finally:
-                    if engine is not connect.engine:
-                        await run_to_completion(close_engines(engine))
+                    await run_to_completion(close_engine(engine))
         except Exception as error:
-            logger.info("The host %s does not say what it is: %s", host, type(error).__name__)
+            logger.info(
+                "The host %s does not say what it is: %s", hide_password(host), type(error).__name__
+            )
             return None
 
 

@@ -6,7 +6,8 @@ import re
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-_IN_URL = re.compile(r"(://[^:@/\s]*):\S*@")
+_IN_URL = re.compile(r"(://[^:@\s]*):.*@")
+_IN_QUERY = re.compile(r"(password=)[^&\s]*")
 
 
 def hide_password(text: str, engine: AsyncEngine | None = None) -> str:
@@ -14,4 +15,4 @@ def hide_password(text: str, engine: AsyncEngine | None = None) -> str:
     password = getattr(getattr(engine, "url", None), "password", None)
     if isinstance(password, str) and password:
         text = text.replace(password, "***")
-    return _IN_URL.sub(r"\1:***@", text)
+    return _IN_QUERY.sub(r"\1***", _IN_URL.sub(r"\1:***@", text))

@@ -156,6 +156,20 @@ class Server:
             raise
 
 
+@contextmanager
+def frozen(server: Server) -> Generator[None]:
+    """Stop every process of a server for a block: it is there, and says nothing."""
+    postmaster = psutil.Process(int((server.data / "postmaster.pid").read_text().split()[0]))
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def free_port(*hosts: str) -> int:
     """Return a port on which nobody listens.
 

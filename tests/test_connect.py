@@ -542,3 +542,38 @@ async def test_a_mistake_is_not_waited_for(creators: Creators) -> None:
     for wrong in ({"attempts": 0}, {"delay": -1.0}):
         with pytest.raises(ValueError, match="attempts must be at least 1, and delay at least 0"):
             await connect.wait_until_ready(**wrong)
+
+
+async def test_an_engine_that_two_connects_share_is_closed_by_the_last(
+    database_url: URL, database: Database
+) -> None:
+    shared = create_async_engine(database_url)
+    copy = shared.execution_options(isolation_level="AUTOCOMMIT")
+    one = DBConnect(lambda _: shared, async_sessionmaker, host="h")
+    two = DBConnect(lambda _: copy, async_sessionmaker, host="h")
+    await one.ping()
+    [pid] = await database.backends()
+    await two.ping()
+    await two.close()
+    await one.ping()
+    assert await database.backends() == [pid]
+    await one.close()
+    await database.is_left_by_all()
+
+
+async def test_copies_of_an_engine_do_not_pile_up(database_url: URL) -> None:
+    base = create_async_engine(database_url)
+    connect = DBConnect(
+        lambda _: base.execution_options(isolation_level="READ COMMITTED"),
+        async_sessionmaker,
+        host="h",
+    )
+    commit = base.dialect.do_commit
+    for _ in range(10):
+        await connect.connect("h")
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text("SELECT 1"))
+            await session.commit()
+    assert getattr(base.dialect.do_commit, "__self__", None) is not commit
+    assert base.dialect.do_commit.__self__._do_commit == commit  # type: ignore[attr-defined]
+    await connect.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from context_async_sqlalchemy import asgi_utils, auto_commit
+from context_async_sqlalchemy import auto_commit, settling_send
 from examples import demo
 
 
@@ -34,7 +34,7 @@ def test_the_demo_fails_when_errors_are_committed(
         await auto_commit.settle(context, commit=True, before_commit=before_commit)
 
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    monkeypatch.setattr(asgi_utils, "settle", always_commit)
+    monkeypatch.setattr(settling_send, "settle", always_commit)
     assert demo.main() == 1
     assert "5 of 7 requests" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from context_async_sqlalchemy.postgres import keep_on_primary
 from examples.serving import http_client
 from tests.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
 from tests.conftest import Database
-from tests.postgres import free_port, new_server
+from tests.postgres import free_port, frozen, new_server
 from tests.test_asgi_utils import app_of
 from tests.test_misuse import assert_clean
 
@@ -185,3 +185,36 @@ async def test_the_server_of_a_connect_is_away_for_a_moment_and_retries_bridge_i
         assert (len(load.successes), load.failures) == (2, [])
     with suppress(OSError):
         await connect.ping()
+
+
+async def test_a_silent_host_holds_nobody_up_who_leaves_it() -> None:
+    with (
+        new_server("127.0.0.1", free_port()) as silent,
+        new_server("127.0.0.1", free_port()) as other,
+    ):
+        connect = DBConnect.from_url(silent.url)
+        await asyncio.gather(*(connect.ping() for _ in range(5)))
+        with frozen(silent):
+            async with asyncio.timeout(10):
+                await connect.change_host(f"127.0.0.1:{other.port}")
+                await connect.ping()
+                # The connections to the silent one are given up at once, not one after another.
+                await connect.close()
+        assert not connections_to("127.0.0.1", silent.port)
+
+
+async def test_requests_that_give_up_do_not_keep_the_primary_from_being_found() -> None:
+    with (
+        new_server("127.0.0.1", free_port()) as silent,
+        new_server("127.0.0.1", free_port()) as live,
+    ):
+        hosts = [f"127.0.0.1:{silent.port}", f"127.0.0.1:{live.port}"]
+        handler = keep_on_primary(hosts, check_after=0.01, timeout=0.5)
+        async with DBConnect.from_url(silent.url, before_create_session_handler=handler) as connect:
+            await connect.change_host(hosts[0])
+            with frozen(silent):
+                async with asyncio.timeout(10):
+                    while connect.host != hosts[1]:
+                        with suppress(TimeoutError):
+                            await connect.ping(timeout=0.1)
+                await connect.ping()

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
+from context_async_sqlalchemy.redaction import hide_password
 from tests.conftest import Database
 from tests.models import Item
 from tests.postgres import PASSWORD_ROLE, free_port
@@ -142,6 +143,17 @@ async def test_a_handler_may_choose_the_host(database_url: URL) -> None:
         ({"idle_timeout": 1, "min_idle": -1}, ValueError, "min_idle must be at least 0, not -1"),
         ({"min_idle": 1}, ValueError, "min_idle needs an idle_timeout"),
         ({"url": "sqlite://", "idle_timeout": 1}, ValueError, "a database in memory ends"),
+        (
+            {"url": "sqlite:///file::memory:?cache=shared&uri=true", "idle_timeout": 1},
+            ValueError,
+            "a database in memory ends",
+        ),
+        (
+            {"url": "sqlite:///file:x?mode=memory&uri=true", "idle_timeout": 1},
+            ValueError,
+            "a database in memory ends",
+        ),
+        ({"poolclass": NullPool, "idle_timeout": 1}, ValueError, "of no use with NullPool"),
         ({"ping_after_idle": 0}, ValueError, "ping_after_idle must be more than 0 seconds"),
         ({"pool_size": -1}, ValueError, "pool_size must be at least 0, not -1"),
         ({"before_create_session_handler": 1}, TypeError, "must be callable, not int"),
@@ -199,3 +211,21 @@ async def test_a_rebooted_pool_loses_no_request_to_a_hot_connection(
         for pid in await database.backends():
             await database.terminate(pid)
         await connect.ping()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://app:hunter2@db/shop", "postgresql://app:***@db/shop"),
+        ("postgresql://app:h@nter2@db/shop", "postgresql://app:***@db/shop"),
+        ("postgresql://app:hun ter2@db/shop", "postgresql://app:***@db/shop"),
+        (
+            "postgresql://db/shop?user=app&password=hunter2",
+            "postgresql://db/shop?user=app&password=***",
+        ),
+        ("host=db password=hunter2", "host=db password=***"),
+        ("no password for user app", "no password for user app"),
+    ],
+)
+def test_passwords_are_hidden_wherever_they_stand(text: str, shown: str) -> None:
+    assert hide_password(text) == shown

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import pytest_asyncio
 from sqlalchemy import URL, text
@@ -26,7 +25,7 @@ from examples.serving import http_client
 from tests.cluster import primary_and_standby
 from tests.conftest import Database
 from tests.pgbouncer import pgbouncer, pgbouncer_binary
-from tests.postgres import PASSWORD_ROLE, Server
+from tests.postgres import PASSWORD_ROLE, Server, frozen
 from tests.programs import Outside, connects_of, load_program, until
 
 PID = text("SELECT pg_backend_pid()")
@@ -338,20 +337,6 @@ async def test_a_silent_host_is_given_up_after_the_command_timeout(
 
                 await until(is_found)
                 assert program.connect.host == standby.host
-
-
-@contextmanager
-def frozen(server: Server) -> Generator[None]:
-    """Stop every process of a server for a block: it is there, and says nothing."""
-    postmaster = psutil.Process(int((server.data / "postmaster.pid").read_text().split()[0]))
-    processes = [postmaster, *postmaster.children()]
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
 
 
 # A primary and replicas

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import warnings
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, NullPool, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect, PoolStatus, new_non_ctx_session
@@ -157,3 +159,44 @@ async def test_a_connect_that_is_closed_leaves_no_task_and_no_timer(
     assert asyncio.all_tasks() == tasks
     assert not [h for h in loop._scheduled if not h.cancelled() and "_close_expired" in repr(h)]
     await connect.close()
+
+
+def test_the_connections_of_loops_that_have_ended_are_not_kept(database_url: URL) -> None:
+    connect = DBConnect.from_url(database_url, idle_timeout=60)
+    engines = weakref.WeakSet[Any]()
+
+    async def use() -> None:
+        await connect.ping()
+        engines.add(connect.engine)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # nobody has closed them
+        for _ in range(5):
+            asyncio.run(use())
+        asyncio.run(connect.close())
+        gc.collect()
+    assert len(engines) <= 1
+
+
+async def test_a_session_that_comes_back_after_the_end_starts_no_timer(
+    database_url: URL, database: Database
+) -> None:
+    connect = DBConnect.from_url(database_url, idle_timeout=60)
+    async with in_use(connect, 1):
+        await connect.close()
+    loop: Any = asyncio.get_running_loop()
+    assert not [h for h in loop._scheduled if not h.cancelled() and "_close_expired" in repr(h)]
+    await database.is_left_by_all()
+
+
+async def test_a_detached_connection_is_in_use_no_longer(database_url: URL) -> None:
+    async with DBConnect.from_url(database_url, poolclass=NullPool) as connect:
+        await connect.ping()
+        assert connect.engine is not None
+        raw = await connect.engine.raw_connection()
+        assert connect.pool_status().checked_out == 1
+        driver = raw.driver_connection
+        raw.detach()
+        assert connect.pool_status().checked_out == 0
+        assert driver is not None
+        await driver.close()
