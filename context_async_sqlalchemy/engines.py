@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from context_async_sqlalchemy.guards import guard, retire
 from context_async_sqlalchemy.loops import PerLoop
 from context_async_sqlalchemy.pools import count_connections, finish_closing
-from context_async_sqlalchemy.shield import run_to_completion
+from context_async_sqlalchemy.shield import logger, run_to_completion
 
 T = TypeVar("T")
 
@@ -103,7 +103,10 @@ class Engines:
         closing = [asyncio.create_task(close_engine(engine)) for engine in engines]
         loop = asyncio.get_running_loop()
         retiring = [task for task in self._retiring if task.get_loop() is loop]
-        await asyncio.gather(*closing, *retiring)
+        if tasks := [*closing, *retiring]:
+            await asyncio.wait(tasks)
+        for task in closing:
+            task.result()
 
     def here(self) -> AsyncEngine | None:
         """Return the engine of the running loop, or else the one that was opened last."""
@@ -139,8 +142,13 @@ class Engines:
             return None
         task = asyncio.create_task(close_engine(retired.engine))
         self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        task.add_done_callback(self._end_retiring)
         return task
+
+    def _end_retiring(self, task: asyncio.Task[None]) -> None:
+        self._retiring.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("An engine that was replaced failed to close", exc_info=error)
 
 
 async def close_engine(engine: AsyncEngine) -> None:

@@ -577,3 +577,19 @@ async def test_copies_of_an_engine_do_not_pile_up(database_url: URL) -> None:
     assert getattr(base.dialect.do_commit, "__self__", None) is not commit
     assert base.dialect.do_commit.__self__._do_commit == commit  # type: ignore[attr-defined]
     await connect.close()
+
+
+async def test_an_engine_that_fails_to_close_is_logged_and_the_next_one_serves(
+    creators: Creators, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    await connect.create_session()
+    creators.engines["a"][0].dispose.side_effect = OSError("no route")
+    await connect.change_host("b")
+    [engine] = creators.engines["b"]
+    assert connect.engine == engine
+    assert "no route" in caplog.text
+    engine.dispose.side_effect = OSError("no route either")
+    with pytest.raises(OSError, match="no route either"):
+        await connect.close()
+    assert connect.engine is None
