@@ -227,15 +227,21 @@ class DBConnect(Generic[SessionT_co]):
         if host != self.host:
             await self._engines.switch(host, anew=False)
 
-    async def create_engine(self, host: str) -> AsyncEngine:
-        """Make an engine for `host` that belongs to the caller, who disposes of it.
+    async def create_engine(self, host: str | None = None) -> AsyncEngine:
+        """Make an engine that belongs to the caller, who disposes of it.
+
+        Args:
+            host: The host to talk to. Default None: that of new sessions, if there is one.
 
         Raises:
             TypeError: If the creator returns something that cannot be used.
-            ValueError: If `host` is empty.
+            ValueError: If `host` is empty, or there is none.
         """
-        _check_host(host)
-        return await self._engines.make_engine(host)
+        if host is not None:
+            _check_host(host)
+        elif self.host is None and self._needs_host:
+            raise ValueError("host is not set")
+        return await self._engines.make_engine(host if host is not None else self.host)
 
     async def create_session(self) -> SessionT_co:
         """Make a session that belongs to the caller, in no context.

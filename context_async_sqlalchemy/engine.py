@@ -40,7 +40,7 @@ class EngineOptions(TypedDict, total=False):
     execution_options: Mapping[str, Any]
     hide_parameters: bool
     insertmanyvalues_page_size: int
-    isolation_level: IsolationLevel
+    isolation_level: IsolationLevel | None
     json_deserializer: Callable[[str], Any]
     json_serializer: Callable[[Any], str]
     label_length: int | None

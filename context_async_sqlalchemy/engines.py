@@ -115,12 +115,13 @@ class Engines:
             opened = self._places.here().opened or opened
         return opened.engine if opened is not None else self.put_by_hand
 
-    async def make_engine(self, host: str) -> AsyncEngine:
+    async def make_engine(self, host: str | None) -> AsyncEngine:
         """Make an engine that belongs to the caller."""
-        return _check_engine(await _result_of(self._engine_creator(host)))
+        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: its URL has none
+        return _check_engine(await _result_of(made))
 
     async def _make(self, host: str | None) -> Opened:
-        engine = await self.make_engine(host)  # type: ignore[arg-type]  # None: its URL has none
+        engine = await self.make_engine(host)
         session_maker: Any = await _result_of(self._session_maker_creator(engine))
         if not callable(session_maker):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The middleware for FastAPI."""
+"""The middleware, the dependency and what Starlette has, for FastAPI."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from fastapi import FastAPI
 
 from context_async_sqlalchemy.asgi_utils import MiddlewareOptions
 from context_async_sqlalchemy.auto_commit import BeforeCommitCallback
+from context_async_sqlalchemy.fastapi_dependency import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import (
+    add_database_exception_handlers,
     add_starlette_http_db_session_middleware,
+    database_health,
+    database_lifespan,
 )
 from context_async_sqlalchemy.starlette_utils import (
     starlette_http_db_session_middleware as fastapi_http_db_session_middleware,
 )
 
-__all__ = ["add_fastapi_http_db_session_middleware", "fastapi_http_db_session_middleware"]
+__all__ = [
+    "DBSessionDependency",
+    "add_database_exception_handlers",
+    "add_fastapi_http_db_session_middleware",
+    "database_health",
+    "database_lifespan",
+    "fastapi_http_db_session_middleware",
+]
 
 
 def add_fastapi_http_db_session_middleware(

@@ -7,9 +7,11 @@ import inspect
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from context_async_sqlalchemy.auto_commit import BeforeCommitCallback, is_outcome_unknown
 from context_async_sqlalchemy.context import DBSessionContext, current_context
@@ -22,24 +24,37 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+
+class TransientKind(Enum):
+    """Why the same work may succeed if it is done again."""
+
+    CONFLICT = "it lost against other work: a serialization failure, a deadlock, a lock"
+    UNAVAILABLE = "the database could not be reached, or takes no connections now"
+
+
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_TRANSIENT_SQLSTATES = {
-    "40001",  # serialization_failure; CockroachDB and YugabyteDB use it too
-    "40P01",  # deadlock_detected
-    "53300",  # too_many_connections
-    "55P03",  # lock_not_available
-    "57P01",  # admin_shutdown
-    "57P02",  # crash_shutdown
-    "57P03",  # cannot_connect_now: the server is starting up, or shutting down
-    "08000",  # connection_exception
-    "08001",  # sqlclient_unable_to_establish_sqlconnection
-    "08003",  # connection_does_not_exist
-    "08004",  # sqlserver_rejected_establishment_of_sqlconnection
-    "08006",  # connection_failure
+_SQLSTATES = {
+    "40001": TransientKind.CONFLICT,  # serialization_failure; CockroachDB and YugabyteDB use it too
+    "40P01": TransientKind.CONFLICT,  # deadlock_detected
+    "53300": TransientKind.UNAVAILABLE,  # too_many_connections
+    "55P03": TransientKind.CONFLICT,  # lock_not_available
+    "57P01": TransientKind.UNAVAILABLE,  # admin_shutdown
+    "57P02": TransientKind.UNAVAILABLE,  # crash_shutdown
+    "57P03": TransientKind.UNAVAILABLE,  # cannot_connect_now: starting up, or shutting down
+    "08000": TransientKind.UNAVAILABLE,  # connection_exception
+    "08001": TransientKind.UNAVAILABLE,  # sqlclient_unable_to_establish_sqlconnection
+    "08003": TransientKind.UNAVAILABLE,  # connection_does_not_exist
+    "08004": TransientKind.UNAVAILABLE,  # sqlserver_rejected_establishment_of_sqlconnection
+    "08006": TransientKind.UNAVAILABLE,  # connection_failure
 }
-# https://dev.mysql.com/doc/mysql-errors/8.4/en/: too many connections, lock wait timeout, deadlock,
-# and a server that cannot be reached.
-_TRANSIENT_MYSQL_NUMBERS = {1040, 1205, 1213, 2002, 2003}
+# https://dev.mysql.com/doc/mysql-errors/8.4/en/
+_MYSQL_NUMBERS = {
+    1040: TransientKind.UNAVAILABLE,  # too many connections
+    1205: TransientKind.CONFLICT,  # lock wait timeout
+    1213: TransientKind.CONFLICT,  # deadlock
+    2002: TransientKind.UNAVAILABLE,  # a server that cannot be reached
+    2003: TransientKind.UNAVAILABLE,
+}
 _SQLITE_BUSY = 5  # https://www.sqlite.org/rescode.html; the low byte of its extended codes
 
 
@@ -57,7 +72,31 @@ def is_transient_error(exc: BaseException) -> bool:
     Args:
         exc: What was raised.
     """
-    return any(map(_is_transient, _related(exc))) and not _forbids_repetition(exc)
+    return transient_kind(exc) is not None
+
+
+def transient_kind(exc: BaseException) -> TransientKind | None:
+    """Return why `is_transient_error` says that the same work may succeed; None if it does not.
+
+    Args:
+        exc: What was raised.
+    """
+    kinds = [kind for kind in map(_kind_of, _related(exc)) if kind is not None]
+    return kinds[0] if kinds and not _forbids_repetition(exc) else None
+
+
+def is_connect_timeout(exc: BaseException) -> bool:
+    """Return whether no connection was to be had in time, from the server or from the pool.
+
+    It is not transient: whoever has waited that long shall not wait again. (A `TimeoutError` of a
+    statement is none: the server may be busy with it yet.)
+
+    Args:
+        exc: What was raised.
+    """
+    if isinstance(exc, PoolTimeoutError):
+        return True
+    return isinstance(exc, TimeoutError) and _comes_through(exc, "sqlalchemy.pool.")
 
 
 def retry_on_transient_error(
@@ -209,22 +248,17 @@ def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseExc
             waiting.append(error.__cause__)
 
 
-def _is_transient(error: BaseException) -> bool:
+def _kind_of(error: BaseException) -> TransientKind | None:
     if not isinstance(error, DBAPIError):
         # What SQLAlchemy does not wrap: some of what a driver raises while it connects.
-        return (
-            _is_refused_connection(error)
-            or _has_transient_code(error)
-            or _is_asyncpg_without_connection(error)
-        )
-    if is_outcome_unknown(error):
-        return False
-    return (
-        error.connection_invalidated
-        or _has_transient_code(error.orig)
-        or _has_transient_mysql_number(error.orig)
-        or _is_psycopg_without_connection(error)
-    )
+        kind = _kind_of_code(error)
+        is_lost = _is_refused_connection(error) or _is_asyncpg_without_connection(error)
+    elif is_outcome_unknown(error):
+        return None
+    else:
+        kind = _kind_of_code(error.orig) or _kind_of_mysql_number(error.orig)
+        is_lost = error.connection_invalidated or _is_psycopg_without_connection(error)
+    return TransientKind.UNAVAILABLE if kind is None and is_lost else kind
 
 
 def _is_refused_connection(error: BaseException) -> bool:
@@ -232,19 +266,25 @@ def _is_refused_connection(error: BaseException) -> bool:
     if not (isinstance(error, ConnectionError) or type(error) is OSError):
         return False
     # Another service that hangs up has an error of the same type, and is none of our business.
-    modules = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)]
-    return not modules or any(module.startswith("sqlalchemy.") for module in modules)
+    return error.__traceback__ is None or _comes_through(error, "sqlalchemy.")
 
 
-def _has_transient_code(error: BaseException | None) -> bool:
+def _comes_through(error: BaseException, package: str) -> bool:
+    modules = (f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.startswith(package) for module in modules)
+
+
+def _kind_of_code(error: BaseException | None) -> TransientKind | None:
     sqlite_code = getattr(error, "sqlite_errorcode", None)
-    is_busy = isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY
-    return is_busy or getattr(error, "sqlstate", None) in _TRANSIENT_SQLSTATES
+    if isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY:
+        return TransientKind.CONFLICT
+    sqlstate = getattr(error, "sqlstate", None)
+    return _SQLSTATES.get(sqlstate) if isinstance(sqlstate, str) else None
 
 
-def _has_transient_mysql_number(error: BaseException | None) -> bool:
+def _kind_of_mysql_number(error: BaseException | None) -> TransientKind | None:
     number = next(iter(getattr(error, "args", ())), None)
-    return isinstance(number, int) and number in _TRANSIENT_MYSQL_NUMBERS
+    return _MYSQL_NUMBERS.get(number) if isinstance(number, int) else None
 
 
 def _is_asyncpg_without_connection(error: BaseException) -> bool:

@@ -1,9 +1,10 @@
-"""The middleware for Starlette."""
+"""The middleware, the lifespan, the health and the exception handlers for Starlette."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Unpack, cast
 
@@ -28,8 +29,20 @@ from context_async_sqlalchemy.auto_commit import (
     is_success,
     settle,
 )
+from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import DBSessionContext
 from context_async_sqlalchemy.release import wait_until_idle
+from context_async_sqlalchemy.starlette_errors import add_database_exception_handlers
+from context_async_sqlalchemy.starlette_health import database_health
+
+__all__ = [
+    "StarletteHTTPDBSessionMiddleware",
+    "add_database_exception_handlers",
+    "add_starlette_http_db_session_middleware",
+    "database_health",
+    "database_lifespan",
+    "starlette_http_db_session_middleware",
+]
 
 
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
@@ -61,6 +74,33 @@ def add_starlette_http_db_session_middleware(
         **options: What else `ASGIHTTPDBSessionMiddleware` takes.
     """
     app.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit, **options)
+
+
+def database_lifespan(
+    *connects: DBConnect, wait: bool = False
+) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """Make the lifespan of an application, at whose end the connects are closed.
+
+        app = Starlette(lifespan=database_lifespan(connect, wait=True))
+
+    Args:
+        *connects: The databases.
+        wait: Whether the application starts only when each of them answers, as
+            `DBConnect.wait_until_ready` does by default, and fails to start otherwise. Default
+            False.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            for connect in connects:
+                await stack.enter_async_context(connect)
+            if wait:
+                for connect in connects:
+                    await connect.wait_until_ready()
+            yield
+
+    return lifespan
 
 
 async def starlette_http_db_session_middleware(

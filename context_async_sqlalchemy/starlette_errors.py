@@ -1,0 +1,118 @@
+"""Exception handlers for what a database does to a request that is nobody's mistake."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+
+from context_async_sqlalchemy.redaction import hide_password
+from context_async_sqlalchemy.retry import TransientKind, is_connect_timeout, transient_kind
+from context_async_sqlalchemy.shield import logger
+
+_CONFLICT = "Another request was first. Send this one again."
+_UNAVAILABLE = "The database is not available. Try again later."
+
+
+def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> None:
+    """Answer transient errors of the database with a status that says so, instead of 500.
+
+    503 with `Retry-After`: the database cannot be reached, was lost, starts up or shuts down, or
+    has too many connections; or no connection was to be had in time, from it
+    or from the pool.
+
+    409: the request lost a serialization race, a deadlock or a lock. Not 503, which tells a load
+    balancer that this process is not well.
+
+    Every other error goes on to the handler that the application has for it, or becomes a 500 as
+    before. So do a violated constraint, and a COMMIT whose outcome is unknown. No answer shows a
+    statement, a parameter or a password; the error is logged.
+
+    With `attempts=` of the middleware, only the error of the last attempt is answered.
+
+    Args:
+        app: The application, before its first request. A handler of its own for an error, or for a
+            class that is closer to it, comes first.
+        retry_after: After how many seconds a client should come back. Default 5.
+
+    Raises:
+        RuntimeError: If the application has started: it would not look at the handlers.
+        ValueError: If `retry_after` is less than 0.
+    """
+    if app.middleware_stack is not None:
+        raise RuntimeError("add the exception handlers before the application has started")
+    if retry_after < 0:
+        raise ValueError(f"retry_after must be at least 0 seconds, not {retry_after}")
+    handler = _Handler(retry_after)
+    for cls in _classes():
+        handler.add_to(app, cls)
+
+
+class _Handler:
+    def __init__(self, retry_after: int) -> None:
+        self._headers = {"Retry-After": str(retry_after)}
+        self._classes: set[type[Exception]] = set()
+
+    def add_to(self, app: Starlette, cls: type[Exception]) -> None:
+        if cls not in app.exception_handlers:  # the application's own comes first
+            self._classes.add(cls)
+            app.add_exception_handler(cls, self.handle)
+
+    async def handle(self, connection: HTTPConnection, error: Exception) -> Response:
+        # A WebSocket that was accepted can be sent no response.
+        if isinstance(connection, Request):
+            response = self._response_to(error)
+            if response is not None:
+                _log(error, response.status_code)
+                return response
+        return await self._pass_on(connection, error)
+
+    def _response_to(self, error: Exception) -> Response | None:
+        kind = transient_kind(error)
+        if kind is TransientKind.CONFLICT:
+            return JSONResponse({"detail": _CONFLICT}, status_code=409)
+        if kind is TransientKind.UNAVAILABLE or is_connect_timeout(error):
+            return JSONResponse({"detail": _UNAVAILABLE}, status_code=503, headers=self._headers)
+        return None
+
+    async def _pass_on(self, connection: HTTPConnection, error: Exception) -> Response:
+        """Do what would be done without this handler."""
+        by_class, _ = connection.scope.get("starlette.exception_handlers", ({}, {}))
+        for cls in type(error).__mro__:
+            handler: Callable[..., Any] | None = by_class.get(cls)
+            if handler is None or cls in self._classes:
+                continue
+            if inspect.iscoroutinefunction(handler):
+                return await handler(connection, error)  # type: ignore[no-any-return]
+            return await run_in_threadpool(handler, connection, error)
+        # To the server-error middleware, which answers 500.
+        raise error
+
+
+def _classes() -> list[type[Exception]]:
+    # Some of what drivers raise while they connect is not wrapped by SQLAlchemy. A transaction goes
+    # on after an error that was swallowed, and PendingRollbackError is what its COMMIT raises.
+    classes: list[type[Exception]] = [DBAPIError, PendingRollbackError, PoolTimeoutError, OSError]
+    try:
+        import asyncpg
+    except ImportError:
+        return classes
+    return [*classes, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError]
+
+
+def _log(error: Exception, status: int) -> None:
+    # Not the whole message of SQLAlchemy, which has the statement and its parameters.
+    reason = getattr(error, "orig", None) or (error if not isinstance(error, DBAPIError) else "")
+    logger.warning(
+        "A request was answered with %s: %s: %s",
+        status,
+        type(error).__name__,
+        hide_password(str(reason)),
+    )

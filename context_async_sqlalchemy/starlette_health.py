@@ -1,0 +1,79 @@
+"""An endpoint that tells whether the database answers, and how full the pool is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.engines import close_engines
+from context_async_sqlalchemy.redaction import hide_password
+from context_async_sqlalchemy.shield import logger, run_to_completion
+
+
+def database_health(
+    connect: DBConnect,
+    timeout: float = 2.0,
+) -> Callable[[Request], Awaitable[JSONResponse]]:
+    """Make an endpoint for the probes of whoever runs the application.
+
+        Route("/health", database_health(connect))
+        app.add_api_route("/health", database_health(connect))
+
+    It answers 200 if the database answers, else 503, with `healthy` and the counts of `pool_status`
+    as `pool`. It asks on a connection of its own, which it opens and closes each time: a full pool
+    is shown, and not waited for. An in-memory database of SQLite always answers.
+
+    Why a database is not healthy is logged, without the password; the answer does not say it.
+
+    Args:
+        connect: The database.
+        timeout: How many seconds it has for its answer. Default 2.
+
+    Raises:
+        ValueError: If `timeout` is not more than 0.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
+
+    async def health(_: Request) -> JSONResponse:
+        healthy = await _is_healthy(connect, timeout)
+        return JSONResponse(
+            {"healthy": healthy, "pool": asdict(connect.pool_status())},
+            status_code=200 if healthy else 503,
+            headers={"Cache-Control": "no-store"},
+        )
+
+    return health
+
+
+async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
+    engine: AsyncEngine | None = None
+    try:
+        async with asyncio.timeout(seconds):
+            # Its handler may be what chooses the host.
+            await connect.session_maker()
+            engine = await connect.create_engine()
+            try:
+                async with engine.connect() as connection:
+                    await connection.execute(select(1))
+            finally:
+                # A creator may keep its engines, and return the one in use.
+                if engine is not connect.engine:
+                    await run_to_completion(close_engines(engine))
+    except Exception as error:
+        reason = hide_password(str(error), engine or connect.engine)
+        logger.warning(
+            "The database of %r is not healthy: %s: %s",
+            connect,
+            type(error).__name__,
+            reason or f"no answer within {seconds} seconds",
+        )
+        return False
+    return True
