@@ -263,6 +263,25 @@ async def test_a_body_is_committed_or_refused(
     assert await database.names() == (["body"] if is_covered else [])
 
 
+@pytest.mark.parametrize("add_middleware", [add_nothing, add_fastapi_http_db_session_middleware])
+async def test_what_fails_after_the_endpoint_is_no_success(
+    connect: DBConnect, database: Database, add_middleware: Adder
+) -> None:
+    app = FastAPI()
+    add_middleware(app)
+
+    @app.post("/", response_model=int)
+    async def endpoint(
+        session: Annotated[AsyncSession, Depends(DBSessionDependency(connect))],
+    ) -> str:
+        await insert_item(session, "a")
+        return "not a number"
+
+    async with http_client(app) as client:
+        assert (await client.post("/")).status_code == 500
+    assert await database.names() == (["a"] if add_middleware is add_nothing else [])
+
+
 @every_way
 async def test_two_dependencies_on_one_database_see_one_session(
     connect: DBConnect, database: Database, add_middleware: Adder
