@@ -244,8 +244,12 @@ async def test_what_a_dependency_writes_when_it_ends_is_committed(
 async def test_a_request_may_be_committed_late(
     connect: DBConnect, database: Database, add_middleware: Adder
 ) -> None:
-    async with served(DBSessionDependency(connect), database, add_middleware) as client:
+    seen: list[list[str]] = []
+    dependency = DBSessionDependency(connect)
+    async with served(dependency, database, add_middleware, seen.append) as client:
         assert (await client.post("/late")).status_code == 200
+    is_late = ENDS_LATE or add_middleware is not add_nothing
+    assert seen == [[] if is_late else ["late"]]
     assert await database.names() == ["late"]
 
 
@@ -283,12 +287,13 @@ async def test_what_fails_after_the_endpoint_is_no_success(
 
 
 @every_way
+@pytest.mark.parametrize("manages", [True, False])
 async def test_two_dependencies_on_one_database_see_one_session(
-    connect: DBConnect, database: Database, add_middleware: Adder
+    connect: DBConnect, database: Database, add_middleware: Adder, manages: bool
 ) -> None:
     app = FastAPI()
     add_middleware(app)
-    first, second = DBSessionDependency(connect), DBSessionDependency(connect)
+    first, second = (DBSessionDependency(connect, manage_transactions=manages) for _ in range(2))
 
     @app.post("/")
     async def endpoint(
@@ -303,7 +308,7 @@ async def test_two_dependencies_on_one_database_see_one_session(
 
     async with http_client(app) as client:
         assert (await client.post("/")).status_code == 200
-    assert await database.names() == ["a"]
+    assert await database.names() == (["a"] if manages else [])
 
 
 @every_way

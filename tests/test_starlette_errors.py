@@ -246,7 +246,7 @@ async def test_the_handlers_of_the_application_are_called_as_before(
 async def test_a_websocket_is_left_alone(connect: DBConnect) -> None:
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
-        raise OperationalError("SELECT 1", {}, ConnectionResetError())
+        raise OperationalError("", {}, OSError(), connection_invalidated=True)
 
     app = Starlette(routes=[WebSocketRoute("/", endpoint)])
     add_database_exception_handlers(app)
