@@ -4,7 +4,7 @@
 # __call__ then.
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any, Unpack
@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.asgi_utils import has_context, open_request_context
 from context_async_sqlalchemy.auto_commit import abandon, finish, is_success, settle
-from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.connect import DBConnect, SessionOptions
 from context_async_sqlalchemy.context import DBSessionContext, current_context, is_test_context
 from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.release import close_sessions, refuse_further_use
@@ -29,7 +29,7 @@ class ConnectOptions(EngineOptions, total=False):
     """The options of `DBConnect.from_url`."""
 
     before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None
-    session_options: Mapping[str, Any] | None
+    session_options: SessionOptions[Any] | None
     ping_after_idle: float
     idle_timeout: float | None
     min_idle: int

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.engines import close_engines
+from context_async_sqlalchemy.engines import close_engine
+from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.shield import logger, run_to_completion
 
@@ -60,13 +61,12 @@ async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
             # Its handler may be what chooses the host.
             await connect.session_maker()
             engine = await connect.create_engine()
+            guard(engine)  # a creator may return one that is in use
             try:
                 async with engine.connect() as connection:
                     await connection.execute(select(1))
             finally:
-                # A creator may keep its engines, and return the one in use.
-                if engine is not connect.engine:
-                    await run_to_completion(close_engines(engine))
+                await run_to_completion(close_engine(engine))
     except Exception as error:
         reason = hide_password(str(error), engine or connect.engine)
         logger.warning(
