@@ -530,7 +530,7 @@ async def test_before_it_is_initialized_a_request_is_told_what_to_do(
     ) -> None: ...
 
     with caplog.at_level(logging.ERROR):
-        async with http_client(app) as client:
+        async with http_client(app, log_level="error") as client:
             assert (await client.post("/")).status_code == 500
     assert "await dependency.initialize(url)" in caplog.text
 
