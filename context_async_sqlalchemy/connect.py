@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypedDict, Unpack, cast
+from typing import Any, Generic, Self, Unpack, cast
 
-from sqlalchemy import URL, Executable, Pool, QueuePool, Select, select
+from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy.engine import (
     EngineOptions,
+    check_idle_options,
     create_engine,
-    is_in_memory,
     parse_url,
     set_host,
 )
@@ -24,32 +24,10 @@ from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.pools import PoolStatus, close_idle_connections, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
-from context_async_sqlalchemy.session_type import SessionT, SessionT_co
+from context_async_sqlalchemy.session_type import SessionOptions, SessionT_co
 from context_async_sqlalchemy.shield import logger
 
 _numbers = itertools.count(1)
-
-
-class SessionOptions(TypedDict, Generic[SessionT], total=False):
-    """The options of `async_sessionmaker`.
-
-    See https://docs.sqlalchemy.org/en/20/orm/session_api.html#sqlalchemy.orm.Session.params
-    """
-
-    class_: type[SessionT]
-    autobegin: bool
-    autoflush: bool
-    binds: Mapping[Any, Any]
-    close_resets_only: bool
-    enable_baked_queries: bool
-    expire_on_commit: bool
-    info: dict[Any, Any]
-    join_transaction_mode: Literal[
-        "conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"
-    ]
-    query_cls: type[Any]
-    sync_session_class: type[Session]
-    twophase: bool
 
 
 class DBConnect(Generic[SessionT_co]):
@@ -144,7 +122,7 @@ class DBConnect(Generic[SessionT_co]):
         database = parse_url(url, password)
         options: dict[str, Any] = {"expire_on_commit": False, **(session_options or {})}
         if idle_timeout is not None:
-            _check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
+            check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
             engine_options.setdefault("pool_use_lifo", True)
         elif min_idle:
             raise ValueError("min_idle needs an idle_timeout")
@@ -367,16 +345,3 @@ def _check_host(host: str) -> None:
 def _check_callable(name: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {type(value).__name__}")
-
-
-def _check_idle_options(
-    url: URL, idle_timeout: float, min_idle: int, poolclass: type[Pool] | None
-) -> None:
-    if idle_timeout <= 0:
-        raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
-    if min_idle < 0:
-        raise ValueError(f"min_idle must be at least 0, not {min_idle}")
-    if poolclass is not None and not issubclass(poolclass, QueuePool):
-        raise ValueError(f"idle_timeout is of no use with {poolclass.__name__}")
-    if is_in_memory(url):
-        raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
-from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, event, make_url
+from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, QueuePool, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -157,6 +157,24 @@ def is_in_memory(url: URL) -> bool:
         return False
     in_query = "memory" in url.query.get("mode", ())
     return in_query or not url.database or ":memory:" in url.database
+
+
+def check_idle_options(
+    url: URL, idle_timeout: float, min_idle: int, poolclass: type[Pool] | None
+) -> None:
+    """Check the options of `close_idle_connections`.
+
+    Raises:
+        ValueError: If one has no sense for this database and pool.
+    """
+    if idle_timeout <= 0:
+        raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
+    if min_idle < 0:
+        raise ValueError(f"min_idle must be at least 0, not {min_idle}")
+    if poolclass is not None and not issubclass(poolclass, QueuePool):
+        raise ValueError(f"idle_timeout is of no use with {poolclass.__name__}")
+    if is_in_memory(url):
+        raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")
 
 
 def _read_url(url: str | URL) -> URL:

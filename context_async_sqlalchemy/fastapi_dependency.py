@@ -18,11 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.asgi_utils import has_context, open_request_context
 from context_async_sqlalchemy.auto_commit import abandon, finish, is_success, settle
-from context_async_sqlalchemy.connect import DBConnect, SessionOptions
+from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import DBSessionContext, current_context, is_test_context
 from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy.session import db_session
+from context_async_sqlalchemy.session_type import SessionOptions
 
 
 class ConnectOptions(EngineOptions, total=False):

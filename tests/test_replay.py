@@ -392,14 +392,8 @@ async def test_work_after_the_response_is_not_tried_again(
 async def test_a_commit_with_an_unknown_outcome_is_not_tried_again(
     database_url: URL, database: Database
 ) -> None:
-    async def lose_commit(call: Call) -> Fault | None:
-        return Fault.LOST_AFTER if call.statement.startswith("COMMIT") else None
-
     runs = 0
-    assert database_url.host is not None
-    assert database_url.port is not None
-    async with proxy(database_url.host, database_url.port, lose_commit) as port:
-        lossy = make_connect(database_url.set(host="127.0.0.1", port=port))
+    async with losing_commits(database_url) as lossy:
 
         async def handler(_: Scope) -> int:
             nonlocal runs
@@ -409,7 +403,6 @@ async def test_a_commit_with_an_unknown_outcome_is_not_tried_again(
 
         async with http_client(app_of(handler, attempts=3)) as client:
             assert (await client.get("/")).status_code == 500
-        await lossy.close()
     assert await database.names() == ["run 1"]
 
 
