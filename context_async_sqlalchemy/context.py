@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from typing import Any, cast
 
@@ -155,6 +156,15 @@ def current_context() -> DBSessionContext:
     if context.closed:
         raise ContextClosedError
     return context
+
+
+def contexts_here() -> Iterator[DBSessionContext]:
+    """Yield the context of this task, then the one that it was opened in, and so on."""
+    context = _context.get()
+    while context is not None:
+        yield context
+        outer = context.token.old_value if context.token is not None else None
+        context = outer if isinstance(outer, DBSessionContext) else None
 
 
 def init_db_session_ctx(force: bool = False) -> Token[DBSessionContext | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
@@ -59,10 +60,14 @@ class Engines:
         self._session_maker_creator = session_maker_creator
         self._retiring: set[asyncio.Task[None]] = set()
         self._places = PerLoop(_Place)
+        self._pinned: _Place | None = None
+        self._close_unpinned = False
 
     async def get(self) -> Opened:
         """Return what the running loop has for the host; make it if need be."""
         place = self._places.here()
+        if self._pinned is not None:
+            return self._get_pinned(place)
         if (opened := place.opened) is not None and opened.host == self.host:
             return opened
         async with place.lock:
@@ -75,6 +80,9 @@ class Engines:
 
     async def switch(self, host: str, *, anew: bool) -> None:
         """Talk to `host` from now on, with a new engine even if it is the host already."""
+        if self._pinned is not None:
+            self.host = host
+            return
         place = self._places.here()
         async with place.lock:
             retiring = None
@@ -86,6 +94,9 @@ class Engines:
 
     async def close(self) -> None:
         """Close every engine, those of other loops in theirs."""
+        if self._pinned is not None:
+            self._close_unpinned = True
+            return
         place = self._places.here()
         async with place.lock:
             engines = [place.opened.engine] if place.opened is not None else []
@@ -98,6 +109,36 @@ class Engines:
             if other.opened is not None:
                 asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
                 other.opened = None
+
+    @asynccontextmanager
+    async def pin(self) -> AsyncGenerator[Opened]:
+        """Keep the engine of the running loop, whatever becomes of the host, for a block.
+
+        `close` closes it at its end.
+
+        Raises:
+            RuntimeError: If one is kept already; by `get`, on another event loop.
+        """
+        if self._pinned is not None:
+            raise RuntimeError("a test's transaction is open already for this connect")
+        opened = await self.get()
+        self._pinned, self._close_unpinned = self._places.here(), False
+        try:
+            yield opened
+        finally:
+            self._pinned = None
+            if self._close_unpinned:
+                await self.close()
+
+    def _get_pinned(self, place: _Place) -> Opened:
+        if place is not self._pinned or place.opened is None:
+            raise RuntimeError(
+                "The transaction of this test was opened on another event loop than the one on "
+                "which the application asks for a session. Open it where the application runs: "
+                "with Starlette's TestClient, 'with client.portal.wrap_async_context_manager("
+                "shared_transaction(connect)) as session:'."
+            )
+        return place.opened
 
     async def _close(self, engines: list[AsyncEngine]) -> None:
         closing = [asyncio.create_task(close_engine(engine)) for engine in engines]

@@ -16,6 +16,48 @@ from context_async_sqlalchemy.context import (
 )
 from context_async_sqlalchemy.release import close_sessions
 from context_async_sqlalchemy.session import new_non_ctx_session
+from context_async_sqlalchemy.session_type import SessionT
+from context_async_sqlalchemy.shared_transaction import share_connection
+
+
+@asynccontextmanager
+async def shared_transaction(
+    connect: DBConnect[SessionT],
+    timeout: float = 10.0,  # noqa: ASYNC109
+) -> AsyncGenerator[SessionT]:
+    """Run a test in a transaction that it shares with the application, rolled back at the end.
+
+        async with shared_transaction(connect) as session:
+            response = await client.post("/members/ann")
+            assert await session.get(Member, "ann")
+
+    Meanwhile every session of `connect`, in whatever context, is on one connection. The application
+    opens, settles and closes its own contexts as ever: to it, a savepoint is a transaction, which
+    the end of a request releases or undoes. Those that are open at the same time take turns, from
+    the first statement of each to its end; one that is opened inside another, and awaited there,
+    begins inside that one's savepoint.
+
+    Args:
+        connect: The database: PostgreSQL, or SQLite.
+        timeout: How long a session waits for its turn, in seconds. Default 10.
+
+    Yields:
+        A session for the test. What it commits is a savepoint, too.
+
+    Raises:
+        InvalidRequestError: By a statement, if two sessions wait for each other, or are used in
+            turn by one task.
+        RuntimeError: If a transaction is open already for `connect`; by the application, if it runs
+            on another event loop.
+    """
+    await connect.session_maker()  # runs the handler, which may set the host
+    async with connect._engines.pin() as opened, share_connection(opened.engine, timeout) as shared:
+        session: SessionT = opened.session_maker()
+        shared.enclosing = session
+        try:
+            yield session
+        finally:
+            await close_sessions([session])
 
 
 @asynccontextmanager

@@ -1,0 +1,95 @@
+"""Fixtures for users' tests, under pytest-asyncio and the plugin of anyio.
+
+# conftest.py
+pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
+
+@pytest.fixture
+def db_connect():
+    return connect
+
+@pytest.fixture
+def app():  # for `shared_client`
+    return app
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import pytest
+
+from context_async_sqlalchemy.asgi_types import ASGIApp
+from context_async_sqlalchemy.connect import DBConnect
+from context_async_sqlalchemy.session_type import SessionT
+from context_async_sqlalchemy.test_utils import shared_transaction
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+
+# In its strict mode, pytest-asyncio leaves an async fixture alone that its own decorator did not
+# make; to the plugin of anyio both are the same.
+_has_pytest_asyncio = find_spec("pytest_asyncio") is not None
+_fixture: Callable[[Callable[..., Any]], Callable[..., Any]] = import_module(
+    "pytest_asyncio" if _has_pytest_asyncio else "pytest"
+).fixture
+
+
+@_fixture
+async def shared_session(db_connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
+    """Return the session of a test, in one transaction with the application: `shared_transaction`.
+
+    For an async test, whose client calls the application on the event loop of the test, as httpx
+    does with its `ASGITransport`.
+
+    Args:
+        db_connect: A fixture of yours: the database.
+    """
+    await _close_with_loop(db_connect)
+    async with shared_transaction(db_connect) as session:
+        yield session
+
+
+@pytest.fixture
+def shared_client(app: ASGIApp, db_connect: DBConnect) -> Generator[TestClient]:
+    """Return Starlette's `TestClient`, with the application in a `shared_transaction`.
+
+    For a test that is not async. The transaction is opened on the event loop of the client, after
+    the application has started up.
+
+    Args:
+        app: A fixture of yours: the application.
+        db_connect: A fixture of yours: the database.
+    """
+    from starlette.testclient import TestClient  # which not everybody has installed
+
+    with TestClient(app) as client:
+        assert client.portal is not None
+        with (
+            client.portal.wrap_async_context_manager(db_connect),  # closes it
+            client.portal.wrap_async_context_manager(shared_transaction(db_connect)),
+        ):
+            yield client
+
+
+async def _close_with_loop(connect: DBConnect[Any]) -> None:
+    # A test often has an event loop of its own, and no fixture knows when it ends. But the last act
+    # of a loop is to close the asynchronous generators that are left.
+    closing = _closing.setdefault(asyncio.get_running_loop(), {})
+    if connect not in closing:
+        closing[connect] = _close_in_the_end(connect)
+        await anext(closing[connect])
+
+
+async def _close_in_the_end(connect: DBConnect[Any]) -> AsyncGenerator[None]:
+    async with connect:
+        yield
+
+
+_closing: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, dict[DBConnect[Any], AsyncGenerator[None]]
+] = WeakKeyDictionary()
