@@ -184,4 +184,5 @@ def has_context(scope: Scope) -> bool:
 def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
     context = scope[_SCOPE_KEY] = open_context()
+    context.loop = asyncio.get_running_loop()
     return context

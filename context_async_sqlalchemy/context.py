@@ -30,6 +30,7 @@ class DBSessionContext:
         sessions: Every session to settle and to close, in the order they were made. One that was
             closed or replaced by hand stays here: somebody may still hold it and use it.
         made: Those of them that `db_session` made, and nobody but the context owns.
+        loop: The event loop of the request whose context it is; None for any other context.
         locks: What makes the creation of a connect's session single-flight, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
@@ -45,6 +46,7 @@ class DBSessionContext:
         "commits",
         "is_test",
         "locks",
+        "loop",
         "made",
         "sessions",
         "settles_late",
@@ -57,6 +59,7 @@ class DBSessionContext:
         self.sessions: list[AsyncSession] = []
         self.made: list[AsyncSession] = []
         self.locks: dict[str, asyncio.Lock] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.is_test = False
         self.closed = False
         self.settles_late = False

@@ -44,8 +44,16 @@ async def db_session(connect: DBConnect[SessionT]) -> SessionT:
     Raises:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
+        RuntimeError: If it is a request's, which is served by another event loop.
     """
     context = current_context()
+    if context.loop is not None and context.loop is not asyncio.get_running_loop():
+        # Its connection would be the other loop's, and so useless to the middleware that commits.
+        raise RuntimeError(
+            "This event loop is not the one that serves the request whose database session is "
+            "asked for. In a function that runs in a thread call 'anyio.from_thread.run(f)', not "
+            "'asyncio.run(f())'; or open a context here, with 'async with new_db_session_ctx():'."
+        )
     session: SessionT | None = context.by_key.get(connect.context_key)
     if session is None:
         session = await _create_session(context, connect)
