@@ -16,7 +16,7 @@ from sqlalchemy import URL
 from examples.serving import http_client
 from tests.conftest import Database
 from tests.postgres import free_port
-from tests.programs import Outside, load_program
+from tests.programs import Outside, load_program, until
 
 # Dependencies
 
@@ -116,3 +116,20 @@ async def test_the_application_does_not_start_without_its_database(
             pytest.fail("it has started")
     assert caplog.text.count("is not ready") == 5
     assert "hunter2" not in caplog.text
+
+
+# Sync endpoints
+
+
+async def test_plain_functions_share_the_session_of_their_request(
+    url: str, load: Callable[[str, str], Any]
+) -> None:
+    program = load("sync_endpoints", url)
+    async with http_client(program.app) as client:
+        assert (await client.put("/shelves")).status_code == 200
+        assert (await client.post("/shelves/top/Emma")).json() == ["Emma"]
+        assert (await client.post("/shelves/top/Emma")).status_code == 500
+        assert (await client.post("/shelves/top/Ulysses")).json() == ["Emma", "Ulysses"]
+        assert (await client.post("/orders/top/Dune")).status_code == 202
+        await until(lambda: Outside(url).rows("SELECT 1 FROM book WHERE title = 'Dune'"))
+        assert (await client.get("/books")).json() == 3
