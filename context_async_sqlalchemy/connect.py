@@ -317,7 +317,7 @@ class DBConnect(Generic[SessionT_co]):
     async def _execute(self, statement: Executable) -> None:
         session = await self.create_session()
         try:
-            await session.execute(statement)
+            await session.scalar(statement)  # SQLModel's session deprecates `execute`
         finally:
             await close_sessions([session])
 

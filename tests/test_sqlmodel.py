@@ -15,6 +15,15 @@ class Hero(SQLModel, table=True):
     name: str
 
 
+async def test_asking_whether_the_database_answers_warns_of_nothing(tmp_path: Path) -> None:
+    connect = DBConnect.from_url(
+        f"sqlite:///{tmp_path / 'heroes.db'}", session_options={"class_": AsyncSession}
+    )
+    async with connect:
+        await connect.ping()
+        await connect.wait_until_ready()
+
+
 async def test_the_session_of_a_context_is_that_of_sqlmodel(tmp_path: Path) -> None:
     connect = DBConnect.from_url(
         f"sqlite:///{tmp_path / 'heroes.db'}", session_options={"class_": AsyncSession}
