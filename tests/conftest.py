@@ -231,6 +231,15 @@ def postgresql(database_url: URL, database: Database) -> str:
     return database_url.render_as_string(hide_password=False)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of a database for a program, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path / 'program.db'}"
+    url: str = request.getfixturevalue("postgresql")
+    return url
+
+
 @pytest_asyncio.fixture
 async def load(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Callable[[str, str], Any]]:
     """Return a way to load a program for a database; its tables are dropped in the end."""

@@ -28,14 +28,6 @@ from tests.conftest import Database
 from tests.programs import PROGRAMS, ROOT, Outside, until
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path / 'how_to.db'}"
-    url: str = request.getfixturevalue("postgresql")
-    return url
-
-
 def test_a_program_opens_nothing_when_it_is_imported(tmp_path: Path) -> None:
     code = f"""
 import importlib

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,14 +18,6 @@ from tests.postgres import free_port
 from tests.programs import Outside, load_program, until
 
 # Dependencies
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path / 'how_to.db'}"
-    url: str = request.getfixturevalue("postgresql")
-    return url
 
 
 @pytest_asyncio.fixture
