@@ -1,0 +1,28 @@
+"""Run migrations on the database of the application."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection
+
+from examples.sqlmodel_tasks.database import connect
+from examples.sqlmodel_tasks.models import Base
+
+
+def migrate(connection: Connection) -> None:
+    # SQLite cannot alter a table: Alembic makes a new one of it in a batch.
+    context.configure(connection, target_metadata=Base.metadata, render_as_batch=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def main() -> None:
+    engine = await connect.create_engine()
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(migrate)
+    finally:
+        await engine.dispose()
+
+
+asyncio.run(main())

@@ -1,0 +1,48 @@
+"""Settings from the environment: those for development, and those for production."""
+
+import os
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Development: every setting has a default, and SQL is logged."""
+
+    # What pydantic says of a setting that is missing would show the others.
+    model_config = SettingsConfigDict(hide_input_in_errors=True)
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    jwt_secret: SecretStr = SecretStr("known to everybody, for development only")
+    database_url: SecretStr = SecretStr("sqlite:///tasks.db")
+    database_echo: bool = True
+    database_pool_size: int = 2
+    database_max_overflow: int = 5
+    database_pool_pre_ping: bool = False
+    database_pool_recycle: int = -1
+    database_timeout: int = 30  # seconds, for a new connection; SQLite: for the lock of a writer
+
+
+class ProductionSettings(Settings):
+    """Production: secrets have no default."""
+
+    jwt_secret: SecretStr = Field(min_length=32)
+    database_url: SecretStr
+    database_echo: bool = False
+    database_pool_size: int = 5
+    database_max_overflow: int = 10
+    database_pool_pre_ping: bool = True
+    database_pool_recycle: int = 3600
+    database_timeout: int = 10
+
+
+def load_settings() -> Settings:
+    environment = os.environ.get("ENVIRONMENT", "development")
+    if environment not in ("development", "production"):
+        raise ValueError(f"ENVIRONMENT must be development or production, not {environment!r}")
+    settings: type[Settings] = Settings if environment == "development" else ProductionSettings
+    return settings()
+
+
+settings = load_settings()

@@ -1,0 +1,335 @@
+"""The application of `examples/sqlmodel_tasks`, as its clients see it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import jwt
+import pytest
+import pytest_asyncio
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+
+from examples.demo import connections_out
+from examples.serving import http_client
+from tests.postgres import free_port
+from tests.programs import ROOT, until
+from tests.tasks_example import TasksExample, load_anew, sign_up, tasks_example
+
+
+@pytest_asyncio.fixture
+async def example(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[TasksExample]:
+    """Return the example, on each database."""
+    async with tasks_example(monkeypatch, url) as example:
+        yield example
+
+
+@pytest_asyncio.fixture
+async def client(example: TasksExample) -> AsyncGenerator[httpx.AsyncClient]:
+    """Return a client of the example that is logged in as Ann."""
+    async with http_client(example.app) as client:
+        client.headers = httpx.Headers(await sign_up(client, "ann"))
+        yield client
+        await until(lambda: connections_out(example.connect) == 0)
+
+
+only_postgresql = pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+
+
+# Users
+
+
+async def test_a_task_of_another_user_is_not_there(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    tea = (await client.post("/tasks", json={"title": "tea", "category": "shopping"})).json()
+    bob = await sign_up(client, "bob")
+    path = f"/tasks/{tea['id']}"
+    for response in (
+        await client.get(path, headers=bob),
+        await client.patch(path, headers=bob, json={"title": "mine"}),
+        await client.delete(path, headers=bob),
+        await client.post("/tasks/process", headers=bob, json=[tea["id"]]),
+        await client.post("/tasks/queue", headers=bob, json=[tea["id"]]),
+    ):
+        assert response.status_code == 404
+    for path_of_list in ("/tasks", "/tasks?pending=true"):
+        assert (await client.get(path_of_list, headers=bob)).json() == []
+        assert (await client.get(path_of_list)).json() == [tea]
+
+    # Nor is it in his way, nor its category.
+    rows = [{"title": "tea", "category": "shopping"}]
+    report = await client.post("/tasks/import", headers=bob, json=rows)
+    assert report.json() == {"imported": 1, "failed": []}
+    [his] = (await client.get("/tasks", headers=bob)).json()
+    assert his["category_id"] != tea["category_id"]
+    # All or none of them.
+    both = await client.post("/tasks/process", headers=bob, json=[his["id"], tea["id"]])
+    assert both.status_code == 404
+    state = "SELECT title, completed, processed, deliveries_left FROM task"
+    assert await example.rows(state) == [("tea", False, False, 0)] * 2
+
+
+async def test_who_has_no_valid_token_is_refused(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    secret = example.module("sqlmodel_tasks.settings").settings.jwt_secret.get_secret_value()
+    [ann] = (str(user) for user in await example.rows("SELECT id FROM user_account"))
+    later = datetime.now(UTC) + timedelta(hours=1)
+    good = {"sub": ann, "exp": later}
+
+    async def status(token: str) -> int:
+        headers = {"Authorization": f"Bearer {token}"}
+        return (await client.get("/tasks", headers=headers)).status_code
+
+    assert await status(jwt.encode(good, secret, "HS256")) == 200
+    for token in (
+        "nonsense",
+        jwt.encode(good, "another secret, as long as it ought to be", "HS256"),
+        jwt.encode(good, "", "none"),
+        jwt.encode(good | {"exp": datetime.now(UTC) - timedelta(seconds=1)}, secret, "HS256"),
+        jwt.encode({"sub": ann}, secret, "HS256"),
+        jwt.encode(good | {"sub": str(uuid4())}, secret, "HS256"),
+        jwt.encode(good | {"sub": "ann"}, secret, "HS256"),
+    ):
+        assert await status(token) == 401
+    del client.headers["Authorization"]
+    refused = await client.get("/tasks")
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+
+
+# Transactions
+
+
+async def test_what_was_answered_is_committed(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    tasks = "SELECT title, completed FROM task"
+    created = await client.post("/tasks", json={"title": "tea"})
+    assert created.status_code == 201
+    assert await example.rows(tasks) == [("tea", False)]
+    path = f"/tasks/{created.json()['id']}"
+    assert (await client.patch(path, json={"completed": True})).json()["completed"]
+    assert await example.rows(tasks) == [("tea", True)]
+    assert (await client.get("/tasks?pending=true")).json() == []
+    assert (await client.patch(path, json={"title": None})).status_code == 422
+    assert (await client.patch(path, json={"title": "milk"})).json()["completed"]
+    assert await example.rows(tasks) == [("milk", True)]
+    assert (await client.get(path)).json()["title"] == "milk"
+    assert (await client.delete(path)).status_code == 204
+    assert await example.rows(tasks) == []
+    assert (await client.get(path)).status_code == 404
+
+
+async def test_a_task_and_its_category_are_created_together_or_not_at_all(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    assert (await client.post("/tasks", json={"title": "tea"})).status_code == 201
+    again = await client.post("/tasks", json={"title": "tea", "category": "shopping"})
+    assert again.status_code == 409
+    assert await example.rows("SELECT name FROM category") == []
+    for title in "milk", "bread":
+        task = await client.post("/tasks", json={"title": title, "category": "shopping"})
+        assert task.status_code == 201
+    [category] = await example.rows("SELECT id FROM category")
+    of_tasks = await example.rows("SELECT category_id FROM task ORDER BY id")
+    assert of_tasks == [None, category, category]
+
+
+async def test_a_bad_row_of_an_import_fails_alone(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    await client.post("/tasks", json={"title": "tea"})
+    rows: list[dict[str, Any]] = [
+        {"title": "milk", "category": "shopping"},
+        {"title": "tea", "category": "never made"},
+        {"title": ""},
+        {"category": "shopping"},
+        {"title": "bread", "category": "shopping"},
+    ]
+    report = (await client.post("/tasks/import", json=rows)).json()
+    assert report["imported"] == 2
+    assert [failed["row"] for failed in report["failed"]] == [1, 2, 3]
+    assert report["failed"][0]["error"] == "there already"
+    assert await example.rows("SELECT title FROM task ORDER BY id") == ["tea", "milk", "bread"]
+    assert await example.rows("SELECT name FROM category") == ["shopping"]
+
+
+@only_postgresql
+async def test_a_lost_race_is_tried_again(
+    client: httpx.AsyncClient, example: TasksExample, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "stamina")
+    inserts = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+        " AND wait_event_type = 'Lock' AND query LIKE 'INSERT INTO category%'"
+    )
+
+    async def both_wait() -> bool:
+        return len(await example.rows(inserts)) == 2
+
+    async with example.outside.connection() as connection:
+        await connection.execute(text("LOCK TABLE category IN SHARE MODE"))
+        row, *rows = ({"title": title, "category": "shopping"} for title in ("tea", "ham", "jam"))
+        requests = (client.post("/tasks", json=row), client.post("/tasks/import", json=rows))
+        responses = [asyncio.create_task(request) for request in requests]
+        # Both have found no such category.
+        await until(both_wait)
+    created, imported = await asyncio.gather(*responses)
+    assert created.status_code == 201
+    assert imported.json() == {"imported": 2, "failed": []}
+    assert await example.rows("SELECT name FROM category") == ["shopping"]
+    assert await example.rows("SELECT count(DISTINCT category_id) FROM task") == [1]
+    assert await example.rows("SELECT count(*) FROM task") == [3]
+    assert any(record.name == "stamina" for record in caplog.records)
+
+
+async def create(client: httpx.AsyncClient, *titles: str) -> list[int]:
+    return [(await client.post("/tasks", json={"title": t})).json()["id"] for t in titles]
+
+
+async def test_background_work_is_done_and_committed(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    tea, milk, _ = await create(client, "tea", "milk", "bread")
+    assert (await client.post("/tasks/process", json=[tea, milk])).status_code == 202
+    processed = "SELECT title FROM task WHERE processed ORDER BY id"
+    await until(lambda: rows_are(example, processed, ["tea", "milk"]))
+
+
+async def rows_are(example: TasksExample, query: str, expected: list[Any]) -> bool:
+    return await example.rows(query) == expected
+
+
+@only_postgresql
+async def test_background_work_that_fails_fails_alone_and_holds_nobody_up(
+    client: httpx.AsyncClient, example: TasksExample, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = await create(client, "tea", "milk", "bread")
+    await example.execute("ALTER TABLE task ADD CHECK (NOT processed OR title <> 'milk')")
+    async with example.held("NEW.processed"):
+        # The response comes while the work waits.
+        assert (await client.post("/tasks/process", json=ids)).status_code == 202
+        await until(example.waiting)
+        assert await example.rows("SELECT title FROM task WHERE processed") == []
+    processed = "SELECT title FROM task WHERE processed ORDER BY id"
+    await until(lambda: rows_are(example, processed, ["tea", "bread"]))
+    assert f"Task {ids[1]} was not processed" in caplog.text
+
+
+# The database
+
+
+@only_postgresql
+async def test_the_application_says_that_its_database_is_away(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    health = await client.get("/health/database")
+    assert (health.status_code, health.json()["pool"]["checked_in"]) == (200, 1)
+    host = example.connect.host
+    await example.connect.change_host(f"127.0.0.1:{free_port()}")
+    assert (await client.get("/health/database")).status_code == 503
+    assert (await client.get("/tasks")).status_code == 503
+    await example.connect.change_host(host)
+    assert (await client.get("/tasks")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/tasks/2147483648", "/tasks?skip=-1", "/tasks?limit=101"])
+async def test_a_number_that_no_row_can_have_is_refused(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    assert (await client.get(path)).status_code == 422
+
+
+async def test_the_migrations_make_the_tables_of_the_models(
+    example: TasksExample,
+) -> None:
+    metadata = example.module("sqlmodel_tasks.models").Base.metadata
+    options = {"compare_server_default": True}
+    async with example.outside.connection() as connection:
+        differences = await connection.run_sync(
+            lambda sync: compare_metadata(MigrationContext.configure(sync, opts=options), metadata)
+        )
+    # The database of the tests on PostgreSQL has other tables, too.
+    others = {"item", "seat", "purse", "ledger"}
+    assert [d for d in differences if not (d[0] == "remove_table" and d[1].name in others)] == []
+    assert len(metadata.tables) == 3
+
+
+# Settings, and the command
+
+
+async def run_command(*arguments: str, **environment: str) -> tuple[int | None, str]:
+    """Run the command with these variables alone; return its status and what it wrote to stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "examples.sqlmodel_tasks", *arguments),
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment,
+        stderr=subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        _, errors = await process.communicate()
+    return process.returncode, errors.decode()
+
+
+async def test_a_production_setting_that_is_missing_is_an_error_at_start_up() -> None:
+    url = "postgresql://app:hunter2@127.0.0.1/tasks"
+    status, errors = await run_command(ENVIRONMENT="production", DATABASE_URL=url)
+    assert status == 1
+    assert "1 validation error for ProductionSettings\njwt_secret\n  Field required" in errors
+    assert "hunter2" not in errors
+    status, errors = await run_command(ENVIRONMENT="production", JWT_SECRET="too short")
+    assert status == 1
+    assert "database_url\n  Field required" in errors
+    assert "jwt_secret\n  Value should have at least 32 items" in errors
+    assert "too short" not in errors
+    status, errors = await run_command(ENVIRONMENT="prod")
+    assert status == 1
+    assert "ENVIRONMENT must be development or production, not 'prod'" in errors
+
+
+def test_production_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"JWT_SECRET": "x" * 32, "DATABASE_URL": "postgresql://app:hunter2@h/tasks"}
+    for variable in "DATABASE_ECHO", "DATABASE_POOL_SIZE":
+        monkeypatch.delenv(variable, raising=False)
+    load_anew(monkeypatch, ENVIRONMENT="production", DATABASE_MAX_OVERFLOW="7", **secrets)
+    from examples.sqlmodel_tasks.settings import settings
+
+    assert (settings.database_echo, settings.database_pool_size) == (False, 5)
+    assert settings.database_max_overflow == 7
+    assert "hunter2" not in repr(settings)
+    assert "x" * 32 not in repr(settings)
+
+
+async def test_the_command_migrates_and_serves(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with tasks_example(monkeypatch, url) as example:
+        await example.execute("DROP TABLE task", "DROP TABLE category", "DROP TABLE user_account")
+        await example.execute("DELETE FROM alembic_version")
+        port = free_port()
+        monkeypatch.setenv("PORT", str(port))
+        async with (
+            example.program("sqlmodel_tasks"),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        ):
+
+            async def is_served() -> bool:
+                with suppress(httpx.ConnectError):
+                    return (await client.get("/health/database")).status_code == 200
+                return False
+
+            await until(is_served)
+            ann = await sign_up(client, "ann")
+            created = await client.post("/tasks", headers=ann, json={"title": "tea"})
+            assert created.status_code == 201
+            assert await example.rows("SELECT title FROM task") == ["tea"]
