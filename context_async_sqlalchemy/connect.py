@@ -12,16 +12,11 @@ from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from context_async_sqlalchemy.engine import (
-    EngineOptions,
-    check_idle_options,
-    create_engine,
-    parse_url,
-    set_host,
-)
+from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.engines import Engines, SessionMaker
+from context_async_sqlalchemy.from_url import creators_from_url
 from context_async_sqlalchemy.guards import guard
-from context_async_sqlalchemy.pools import PoolStatus, close_idle_connections, pool_status
+from context_async_sqlalchemy.pools import PoolStatus, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
 from context_async_sqlalchemy.session_type import SessionOptions, SessionT_co
@@ -119,29 +114,13 @@ class DBConnect(Generic[SessionT_co]):
             ValueError: If the URL cannot be read, its driver is not async, or an option has no
                 sense.
         """
-        database = parse_url(url, password)
-        options: dict[str, Any] = {"expire_on_commit": False, **(session_options or {})}
-        if idle_timeout is not None:
-            check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
-            engine_options.setdefault("pool_use_lifo", True)
-        elif min_idle:
-            raise ValueError("min_idle needs an idle_timeout")
-
-        def engine_creator(host: str | None) -> AsyncEngine:
-            engine = create_engine(
-                set_host(database, host), ping_after_idle=ping_after_idle, **engine_options.copy()
-            )
-            if idle_timeout is not None:
-                close_idle_connections(engine, idle_timeout, min_idle)
-            return engine
-
-        # What is wrong is told now, not when the first session is made.
-        async_sessionmaker(engine_creator(database.host), **options)()
-
+        creators = creators_from_url(
+            url, password, session_options, ping_after_idle, idle_timeout, min_idle, engine_options
+        )
         connect = cls(
-            engine_creator,
-            lambda engine: async_sessionmaker(engine, **options),
-            database.host,
+            creators.engine,
+            creators.session_maker,
+            creators.host,
             before_create_session_handler,
         )
         connect._needs_host = False
