@@ -185,4 +185,6 @@ def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
     context = scope[_SCOPE_KEY] = open_context()
     context.loop = asyncio.get_running_loop()
+    # Not the scope, which points at the context: only the garbage collector would end the two.
+    context.request = scope.get("method", ""), scope.get("path", "")
     return context

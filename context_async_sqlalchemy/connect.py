@@ -16,6 +16,7 @@ from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.engines import Engines, SessionMaker
 from context_async_sqlalchemy.from_url import creators_from_url
 from context_async_sqlalchemy.guards import guard
+from context_async_sqlalchemy.leak_detection import check_leak_detection_threshold
 from context_async_sqlalchemy.pools import PoolStatus, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
@@ -40,13 +41,17 @@ class DBConnect(Generic[SessionT_co]):
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
         before_create_session_handler: Awaited with this connect before each session is made; may
             call `change_host`. Default None.
+        leak_detection_threshold: Log a warning when the session of a context holds a connection for
+            longer than this, in seconds. It names the request, and the line that asked for the
+            session. Default None: do not watch.
 
     Attributes:
         context_key: The key of this connect's session in a context; unique in the process.
+        leak_detection_threshold: As it was given.
 
     Raises:
         TypeError: If a creator or the handler is not callable.
-        ValueError: If `host` is empty.
+        ValueError: If `host` is empty, or `leak_detection_threshold` is not a positive number.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class DBConnect(Generic[SessionT_co]):
         ],
         host: str | None = None,
         before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None = None,
+        *,
+        leak_detection_threshold: float | None = None,
     ) -> None:
         _check_callable("engine_creator", engine_creator)
         _check_callable("session_maker_creator", session_maker_creator)
@@ -65,8 +72,10 @@ class DBConnect(Generic[SessionT_co]):
             _check_callable("before_create_session_handler", before_create_session_handler)
         if host is not None:
             _check_host(host)
+        check_leak_detection_threshold(leak_detection_threshold)
 
         self.context_key = f"connect-{next(_numbers)}"
+        self.leak_detection_threshold = leak_detection_threshold
         self._engines = Engines(engine_creator, session_maker_creator, host)
         self._needs_host = True
         self._before_create_session_handler = before_create_session_handler
@@ -82,6 +91,7 @@ class DBConnect(Generic[SessionT_co]):
         ping_after_idle: float = 1.0,
         idle_timeout: float | None = None,
         min_idle: int = 0,
+        leak_detection_threshold: float | None = None,
         **engine_options: Unpack[EngineOptions],
     ) -> DBConnect[SessionT_co]:
         """Make a connect for a database URL; opens nothing.
@@ -105,6 +115,7 @@ class DBConnect(Generic[SessionT_co]):
             idle_timeout: Close a connection that has lain in the pool for longer than this, in
                 seconds. The pool then hands out the one that was used last. Default None: never.
             min_idle: How many connections `idle_timeout` leaves in the pool. Default 0.
+            leak_detection_threshold: As of `DBConnect`, in seconds. Default None: do not watch.
             **engine_options: Of `sqlalchemy.create_engine()`, with its defaults: `pool_size`,
                 `max_overflow`, `pool_timeout`, `pool_recycle`, `pool_pre_ping`, `isolation_level`,
                 `connect_args`, `echo`, and so on.
@@ -122,6 +133,7 @@ class DBConnect(Generic[SessionT_co]):
             creators.session_maker,
             creators.host,
             before_create_session_handler,
+            leak_detection_threshold=leak_detection_threshold,
         )
         connect._needs_host = False
         return connect

@@ -37,6 +37,7 @@ class DBSessionContext:
         settles_late: Whether a request settles only when the application has returned.
         commits: What watches its commits, if anything.
         used: Whether there may be anything to settle.
+        request: The method and the path of the request that it is for, if it is for one.
         token: What restores the context variable.
     """
 
@@ -48,6 +49,7 @@ class DBSessionContext:
         "locks",
         "loop",
         "made",
+        "request",
         "sessions",
         "settles_late",
         "token",
@@ -65,6 +67,7 @@ class DBSessionContext:
         self.settles_late = False
         self.commits: CommitWatch | None = None
         self.used = False
+        self.request: tuple[str, str] | None = None
         self.token: Token[DBSessionContext | None] | None = None
 
     def put(self, context_key: str, session: AsyncSession) -> None:

@@ -21,8 +21,9 @@ from context_async_sqlalchemy.auto_commit import abandon, finish, is_success, se
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import DBSessionContext, current_context, is_test_context
 from context_async_sqlalchemy.engine import EngineOptions
+from context_async_sqlalchemy.leak_detection import detect_leaks
 from context_async_sqlalchemy.release import close_sessions, refuse_further_use
-from context_async_sqlalchemy.session import db_session
+from context_async_sqlalchemy.session import create_session
 from context_async_sqlalchemy.session_type import SessionOptions
 
 
@@ -34,6 +35,7 @@ class ConnectOptions(EngineOptions, total=False):
     ping_after_idle: float
     idle_timeout: float | None
     min_idle: int
+    leak_detection_threshold: float | None
 
 
 class DBSessionDependency:
@@ -130,7 +132,7 @@ class DBSessionDependency:
         session: AbstractAsyncContextManager[AsyncSession]
         # A test settles itself, and looks at what was done before it rolls back.
         if self._manages_transactions or is_test_context():
-            session = _managed_session(connect)
+            session = _managed_session(connect, connection.scope)
         else:
             session = _unmanaged_session(connect, connection.scope)
         if has_context(connection.scope):
@@ -142,8 +144,12 @@ class DBSessionDependency:
 
 
 @asynccontextmanager
-async def _managed_session(connect: DBConnect) -> AsyncGenerator[AsyncSession]:
-    yield await db_session(connect)
+async def _managed_session(connect: DBConnect, scope: Scope) -> AsyncGenerator[AsyncSession]:
+    context = current_context()
+    session = context.by_key.get(connect.context_key)
+    if session is None:
+        session = await create_session(context, connect, scope.get("endpoint"))
+    yield session
 
 
 @asynccontextmanager
@@ -155,6 +161,8 @@ async def _unmanaged_session(connect: DBConnect, scope: Scope) -> AsyncGenerator
         return
     context = current_context()
     session = scope[key] = await connect.create_session()
+    if (threshold := connect.leak_detection_threshold) is not None:
+        detect_leaks(session, threshold, connect, context.request, scope.get("endpoint"))
     # Not `context.put`: the context would settle it.
     context.by_key.setdefault(connect.context_key, session)
     # What the application has committed is not done again by `attempts` of the middleware.

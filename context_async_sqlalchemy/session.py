@@ -21,6 +21,7 @@ from context_async_sqlalchemy.context import (
 )
 from context_async_sqlalchemy.exceptions import ContextClosedError
 from context_async_sqlalchemy.guards import connections_of
+from context_async_sqlalchemy.leak_detection import detect_leaks
 from context_async_sqlalchemy.release import (
     close_sessions,
     is_in_transaction,
@@ -56,7 +57,7 @@ async def db_session(connect: DBConnect[SessionT]) -> SessionT:
         )
     session: SessionT | None = context.by_key.get(connect.context_key)
     if session is None:
-        session = await _create_session(context, connect)
+        session = await create_session(context, connect)
     return session
 
 
@@ -161,7 +162,16 @@ async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGener
         await commit_session(session)
 
 
-async def _create_session(context: DBSessionContext, connect: DBConnect[SessionT]) -> SessionT:
+async def create_session(
+    context: DBSessionContext, connect: DBConnect[SessionT], endpoint: object = None
+) -> SessionT:
+    """Make the session of a context, unless somebody else does meanwhile.
+
+    Args:
+        context: Of the session.
+        connect: The database.
+        endpoint: What it is made for, if that does not ask itself. Default None.
+    """
     key = connect.context_key
     if key in (creating := _creating.get()):
         raise RuntimeError(
@@ -181,6 +191,8 @@ async def _create_session(context: DBSessionContext, connect: DBConnect[SessionT
         if context.closed:
             await session.close()
             raise ContextClosedError
+        if (threshold := connect.leak_detection_threshold) is not None:
+            detect_leaks(session, threshold, connect, context.request, endpoint)
         context.put(key, session)
         context.made.append(session)
         return session

@@ -1,0 +1,135 @@
+"""A warning when the session of a context holds a connection for long: leak detection."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from contextvars import Context, copy_context
+from types import FrameType
+
+from sqlalchemy import Connection, event
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from context_async_sqlalchemy.shield import logger
+
+# Their frames may stand between the user's code and this file.
+_BETWEEN = {__name__.partition(".")[0], "anyio", "asyncio", "contextlib"}
+
+
+def check_leak_detection_threshold(threshold: float | None) -> None:
+    """Check the option of a connect.
+
+    Raises:
+        ValueError: If it is not a positive number.
+    """
+    if threshold is None:
+        return
+    if not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
+        raise ValueError(
+            "leak_detection_threshold must be a positive number of seconds, or None for no leak "
+            f"detection, not {threshold!r}"
+        )
+
+
+def detect_leaks(
+    session: AsyncSession,
+    threshold: float,
+    connect: object,
+    request: tuple[str, str] | None,
+    endpoint: object = None,
+) -> None:
+    """Warn from now on when `session` holds a connection for long.
+
+    Args:
+        session: Just made.
+        threshold: How long it may hold a connection, in seconds.
+        connect: Of the session; its repr shows no password.
+        request: The method and the path of the request that it belongs to, if there is one.
+        endpoint: What the session was made for. Default None: for the code that asks for it now.
+    """
+    sync_session = getattr(session, "sync_session", None)
+    if not isinstance(sync_session, Session):
+        return  # users' tests pass mocks
+    # A path is what the client makes of it, line breaks included: its repr has none.
+    holder = f"by the request {request[0]} {request[1]!r}" if request else "outside of a request"
+    origin = _caller() if endpoint is None else f"for the endpoint {_name(endpoint)}"
+    detector = _Detector(threshold, connect, f"{holder}; its session was made {origin}")
+    event.listen(sync_session, "after_begin", detector.on_begin)
+    event.listen(sync_session, "after_transaction_end", detector.on_end)
+
+
+class _Detector:
+    """Watches one session, from the first statement of each transaction to its end."""
+
+    def __init__(self, threshold: float, connect: object, circumstances: str) -> None:
+        self.threshold = threshold
+        self.connect = connect
+        self.circumstances = circumstances
+        self.transaction: SessionTransaction | None = None  # the outermost one
+        self.since = 0.0
+        self.timer: asyncio.TimerHandle | None = None  # None: it has been called, or stopped
+
+    def on_begin(self, _: Session, transaction: SessionTransaction, __: Connection) -> None:
+        # Called for a savepoint, too, and for another database of the same session.
+        if transaction.parent is not None or transaction is self.transaction:
+            return
+        self._stop_timer()  # of a transaction that failed to end
+        self.transaction = transaction
+        self.since = time.monotonic()
+        # The warning has the context variables of the request, such as the trace that a log record
+        # shows. The timer has none: the loop keeps one that is cancelled until its time has come.
+        self.timer = asyncio.get_running_loop().call_later(
+            self.threshold, copy_context().run, self._on_timer, context=Context()
+        )
+
+    def on_end(self, _: Session, transaction: SessionTransaction) -> None:
+        if transaction is not self.transaction:
+            return
+        self.transaction = None
+        # Whoever blocks the event loop keeps it from calling the timer in time.
+        if self._stop_timer() and time.monotonic() - self.since > self.threshold:
+            self._warn()
+
+    def _on_timer(self) -> None:
+        self.timer = None
+        # SQLAlchemy does not tell of the end of a transaction whose connection fails to close, and
+        # late of one after whose commit somebody else's listener goes on for long.
+        transaction = self.transaction
+        if transaction is not None and transaction.session.get_transaction() is transaction:
+            self._warn()
+
+    def _stop_timer(self) -> bool:
+        timer, self.timer = self.timer, None
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    def _warn(self) -> None:
+        logger.warning(
+            "%r: a connection has been held for %.2f seconds, %s. Before slow work that is not the "
+            "database's, 'await commit_db_session(connect)' gives the connection back.",
+            self.connect,
+            time.monotonic() - self.since,
+            self.circumstances,
+        )
+
+
+def _caller() -> str:
+    """Tell the line that asks for the session."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "asyncio.events":
+            break  # db_session is a task itself, as gather() makes one of it
+        if module.partition(".")[0] not in _BETWEEN:
+            return f"at {frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "in a task of its own"
+
+
+def _name(endpoint: object) -> str:
+    named = endpoint if hasattr(endpoint, "__qualname__") else type(endpoint)
+    return f"{named.__module__}.{named.__qualname__}"
