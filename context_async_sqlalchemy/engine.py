@@ -8,7 +8,8 @@ from typing import Any, Literal, TypedDict, Unpack
 from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, QueuePool, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy.libpq import translate_libpq_url
@@ -127,7 +128,7 @@ def create_engine(
     if dialect.name == "sqlite":
         engine = _create_sqlite_engine(url, options)
     else:
-        engine = create_async_engine(url, **options)
+        engine = _create_async_engine(url, **options)
     if has_ping:
         ping_idle_connections(engine.sync_engine, ping_after_idle)
     return engine
@@ -252,6 +253,11 @@ def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEngine:
+    # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
+    return sqlalchemy_asyncio.create_async_engine(url, **options)
+
+
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
     if "autocommit" in options.get("connect_args", {}):
         raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
@@ -260,7 +266,7 @@ def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
         # the rollback of one would undo what another has written.
         options["poolclass"] = AsyncAdaptedQueuePool
         options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
-    engine = create_async_engine(url, **options)
+    engine = _create_async_engine(url, **options)
     event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
     event.listen(engine.sync_engine, "begin", _begin)
     return engine
