@@ -119,9 +119,10 @@ class DBSessionContext:
             ) from error
         finally:
             sessions, self.sessions = self.sessions, []
+            made, self.made = self.made, []
             self.by_key.clear()
             if with_close and sessions:
-                for session in self.made:
+                for session in made:
                     refuse_further_use(session)
                 await close_sessions(sessions)
             if self.commits is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from contextvars import Context, ContextVar
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -283,3 +286,16 @@ async def test_contexts_of_concurrent_tasks_are_apart(connect: DBConnect) -> Non
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(session_of_a_task(), context=Context()) for _ in range(10)]
     assert len({id(task.result()) for task in tasks}) == 10
+
+
+async def test_a_pooled_connection_does_not_keep_the_session_that_opened_it(
+    connect: DBConnect,
+) -> None:
+    # asyncpg keeps the context variables of whoever was there when it opened a connection.
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await session.execute(select(1))
+        kept = weakref.ref(session)
+        del session
+    gc.collect()
+    assert kept() is None
