@@ -134,9 +134,9 @@ class Engines:
         if place is not self._pinned or place.opened is None:
             raise RuntimeError(
                 "The transaction of this test was opened on another event loop than the one on "
-                "which the application asks for a session. Open it where the application runs: "
-                "with Starlette's TestClient, 'with client.portal.wrap_async_context_manager("
-                "shared_transaction(connect)) as session:'."
+                "which a session is asked for. With pytest-asyncio, let the fixture have the loop "
+                "of the test (asyncio_default_fixture_loop_scope). With Starlette's TestClient, "
+                "use the fixture shared_client."
             )
         return place.opened
 

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 
-from context_async_sqlalchemy.asgi_types import ASGIApp
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.session_type import SessionT
 from context_async_sqlalchemy.test_utils import shared_transaction
@@ -58,8 +58,8 @@ async def shared_session(db_connect: DBConnect[SessionT]) -> AsyncGenerator[Sess
 def shared_client(app: ASGIApp, db_connect: DBConnect) -> Generator[TestClient]:
     """Return Starlette's `TestClient`, with the application in a `shared_transaction`.
 
-    For a test that is not async. The transaction is opened on the event loop of the client, after
-    the application has started up.
+    For a test that is not async. The transaction is opened on the event loop of the client, and
+    encloses the start and the end of the application.
 
     Args:
         app: A fixture of yours: the application.
@@ -67,13 +67,15 @@ def shared_client(app: ASGIApp, db_connect: DBConnect) -> Generator[TestClient]:
     """
     from starlette.testclient import TestClient  # which not everybody has installed
 
-    with TestClient(app) as client:
-        assert client.portal is not None
-        with (
-            client.portal.wrap_async_context_manager(db_connect),  # closes it
-            client.portal.wrap_async_context_manager(shared_transaction(db_connect)),
-        ):
-            yield client
+    async def in_transaction(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+        async with db_connect, shared_transaction(db_connect):
+            await app(scope, receive, send)
+
+    with TestClient(in_transaction) as client:
+        yield client
 
 
 async def _close_with_loop(connect: DBConnect[Any]) -> None:

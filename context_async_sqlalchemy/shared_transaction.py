@@ -7,10 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import Connection, NullPool, event
+from sqlalchemy import Connection, NullPool, Pool, event
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -26,19 +28,31 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
     Args:
         engine: Gives its pool away meanwhile.
         timeout: How long to wait for a turn, in seconds.
+
+    Raises:
+        RuntimeError: If it is shared already.
     """
     sync_engine = engine.sync_engine
+    if sync_engine.pool in _pools:
+        raise RuntimeError(
+            "a test's transaction is open already on this engine, which another connect has, too: "
+            "one is enough for both"
+        )
     async with engine.connect() as connection:
         shared = SharedConnection(connection, timeout)
         await shared.begin()
         pool = sync_engine.pool
-        sync_engine.pool = NullPool(shared.lend, dialect=sync_engine.dialect)
+        creator: Any = shared.lend  # which is all that SQLAlchemy asks of a DBAPIConnection
+        sync_engine.pool = NullPool(creator, dialect=sync_engine.dialect)
+        _pools.add(sync_engine.pool)
+        event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
         if sync_engine.dialect.name == "sqlite":
             event.listen(sync_engine, "before_cursor_execute", _skip_begin, retval=True)
         try:
             yield shared
         finally:
             sync_engine.pool = pool
+            event.remove(sync_engine, "begin_twophase", _refuse_two_phases)
             if sync_engine.dialect.name == "sqlite":
                 event.remove(sync_engine, "before_cursor_execute", _skip_begin)
             await run_to_completion(shared.end())
@@ -61,6 +75,7 @@ class SharedConnection:
     def __init__(self, connection: AsyncConnection, timeout: float) -> None:
         self.enclosing: AsyncSession | None = None
         self.driver: Any = None
+        self._info: dict[Any, Any] = {}
         self._connection = connection
         self._timeout = timeout
         self._open: list[LentConnection] = []  # each inside the savepoint of the one before it
@@ -71,7 +86,7 @@ class SharedConnection:
         self._autocommit = False
         self._has_ended = False
         self._is_lost = False
-        self._checks_at_commit: bool | None = None
+        self._checks_at_commit = False
 
     async def begin(self) -> None:
         """Begin the transaction."""
@@ -86,9 +101,9 @@ class SharedConnection:
             # Or else there would be no transaction to roll back.
             level = dialect.default_isolation_level
             await self._connection.execution_options(isolation_level=level)
-        self.driver = driver
-        if is_sqlite:  # other drivers send it themselves
-            await greenlet_spawn(self.execute, "BEGIN")
+        self.driver, self._info = driver, dict(fairy.info)
+        # Other drivers send BEGIN themselves, but not for what goes past SQLAlchemy, as COPY does.
+        await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else "SELECT 1")
 
     async def end(self) -> None:
         """Roll everything back; whoever goes on is refused."""
@@ -97,16 +112,20 @@ class SharedConnection:
         try:
             if self._undoing:
                 await asyncio.wait(self._undoing)
-            await greenlet_spawn(self.driver.rollback)
+            if self._open:
+                # A task outlives the test, and may be inside a statement.
+                await self._connection.invalidate()
+            else:
+                await greenlet_spawn(self.driver.rollback)
         except Exception:
-            # As when a task that outlives the test is inside a statement.
             logger.exception("The transaction of a test failed to roll back")
             await self._connection.invalidate()
 
     # The rest is called by SQLAlchemy, inside its greenlet.
 
-    def lend(self) -> LentConnection:
+    def lend(self, entry: ConnectionPoolEntry) -> LentConnection:
         """Return what takes part in the transaction; this is the creator of a pool."""
+        entry.info.update(self._info)
         return LentConnection(self, self._autocommit)
 
     def enter(self, lent: LentConnection) -> None:
@@ -119,10 +138,6 @@ class SharedConnection:
             self._begin(lent)
             return
         self._notify()  # by now it is known whose it is
-        if self._lock.locked():
-            with self._alone():
-                pass
-        self._check(lent)
         if self._open[-1] is not lent:
             if self._open[-1] in _open_here.get():
                 raise InvalidRequestError(_INTERLEAVED)
@@ -153,7 +168,10 @@ class SharedConnection:
             if lent not in self._open or self._has_ended:
                 lent.has_begun = False
             elif lent.autocommit:
-                self._store(lent)
+                if self._open[-1] is lent:
+                    self._store(lent)
+                else:  # as in a commit
+                    self._close(lent)
             else:
                 self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
                 self._close(lent, and_inside=True)
@@ -168,6 +186,10 @@ class SharedConnection:
         task.add_done_callback(self._undoing.discard)
         if in_greenlet():
             await_only(run_to_completion(_wait_for(task)))
+
+    def has_turn(self, lent: LentConnection) -> bool:
+        """Return whether a statement that the driver executes is one of `lent`."""
+        return bool(self._open) and self._open[-1] is lent
 
     def execute(self, statement: str) -> Any:
         """Execute a statement; return the first row, if there is any."""
@@ -221,14 +243,30 @@ class SharedConnection:
         _open_here.set((*(other for other in _open_here.get() if other in self._open), lent))
         with self._alone():
             self._check(lent)
-            statement = f"SAVEPOINT {lent.savepoint}"
             try:
-                # Were it cancelled, the transaction around it would be aborted.
-                await_only(run_to_completion(greenlet_spawn(self.execute, statement)))
+                self._set_savepoint(lent)
             except Exception:
                 self._close(lent)
                 self._is_lost = True
                 raise
+            self._check(lent)
+
+    def _set_savepoint(self, lent: LentConnection) -> None:
+        statement = f"SAVEPOINT {lent.savepoint}"
+        try:
+            # Were it cancelled, the transaction around it would be aborted.
+            await_only(run_to_completion(greenlet_spawn(self.execute, statement)))
+        except Exception:
+            if len(self._open) < 2:
+                raise
+            # A statement of the one around it has failed: that can only be rolled back any more.
+            around = self._open[-2]
+            self.execute(f"ROLLBACK TO SAVEPOINT {around.savepoint}")
+            if not around.autocommit:
+                self._open.remove(around)
+            self.execute(statement)
+        if lent.readonly:
+            self.execute("SET TRANSACTION READ ONLY")
 
     def _store(self, lent: LentConnection) -> None:
         """Keep what a statement in AUTOCOMMIT has done, unless it has failed."""
@@ -285,10 +323,9 @@ class SharedConnection:
 
     def _check_constraints(self) -> None:
         """Let deferred constraints fail now: the COMMIT that checks them never comes."""
-        if self._checks_at_commit is None:
-            is_postgresql = self._connection.dialect.name == "postgresql"
+        if not self._checks_at_commit and self._connection.dialect.name == "postgresql":
             query = "SELECT count(*) FROM pg_constraint WHERE condeferrable"
-            self._checks_at_commit = is_postgresql and self.execute(query)[0] > 0
+            self._checks_at_commit = self.execute(query)[0] > 0
         if self._checks_at_commit:
             self.execute("SAVEPOINT constraints")
             self.execute("SET CONSTRAINTS ALL IMMEDIATE")
@@ -306,6 +343,7 @@ class LentConnection:
         depth: How many others its savepoint is inside of.
         has_begun: Whether its savepoint was set.
         is_discarded: Whether its savepoint is being undone.
+        readonly: Whether its transaction is to be read only.
     """
 
     def __init__(self, shared: SharedConnection, autocommit: bool) -> None:
@@ -313,6 +351,8 @@ class LentConnection:
         self.depth = 0
         self.has_begun = False
         self.is_discarded = False
+        self.readonly = False
+        self.deferrable = False
         self._shared = shared
 
     @property
@@ -321,6 +361,12 @@ class LentConnection:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared.driver, name)
+
+    @property
+    def _execute_mutex(self) -> asyncio.Lock | None:
+        # Somebody else's statement is none of this session's.
+        is_its_turn = self._shared.has_turn(self)
+        return getattr(self._shared.driver, "_execute_mutex", None) if is_its_turn else None
 
     def cursor(self, *args: Any, **options: Any) -> Any:
         self._shared.enter(self)
@@ -341,8 +387,8 @@ class LentConnection:
     def terminate(self) -> None:
         self._shared.discard(self)
 
-    # How SQLAlchemy sets the isolation level: in a transaction that has begun there is only
-    # AUTOCOMMIT, or not. By the names of asyncpg, psycopg and sqlite3.
+    # How SQLAlchemy sets the properties of a transaction, by the names of asyncpg, psycopg and
+    # sqlite3. To one that has begun, an isolation level is AUTOCOMMIT, or not.
 
     def set_isolation_level(self, level: object) -> None:
         if isinstance(level, str):  # psycopg's are not
@@ -350,6 +396,12 @@ class LentConnection:
 
     def set_autocommit(self, value: bool) -> None:
         self.autocommit = value
+
+    def set_read_only(self, value: bool) -> None:
+        self.readonly = value
+
+    def set_deferrable(self, value: bool) -> None:
+        self.deferrable = value
 
     @property
     def isolation_level(self) -> str | None:
@@ -364,6 +416,12 @@ async def _wait_for(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
+def _refuse_two_phases(*_: Any) -> None:
+    raise InvalidRequestError(
+        "In a test's transaction there is no commit in two phases: PostgreSQL would store it."
+    )
+
+
 def _skip_begin(
     connection: Connection, _: Any, statement: str, parameters: Any, *__: Any
 ) -> tuple[str, Any]:
@@ -375,6 +433,9 @@ def _skip_begin(
         return "SELECT 1", ()
     return statement, parameters
 
+
+# Those that lend a connection.
+_pools: WeakSet[Pool] = WeakSet()
 
 # Those whose transaction was begun in this task, or in the one that it is a child of, before it.
 _open_here: ContextVar[tuple[LentConnection, ...]] = ContextVar("open_here", default=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
@@ -508,12 +509,17 @@ async def test_only_one_transaction_is_open_for_a_connect(tested: DBConnect) -> 
 
 
 async def test_a_connect_that_is_closed_meanwhile_is_still_in_the_transaction(
-    shared: AsyncSession, tested: DBConnect, in_process: httpx.AsyncClient
+    tested: DBConnect, in_process: httpx.AsyncClient
 ) -> None:
-    assert (await in_process.get("/add/a")).status_code == 200
-    await tested.close()
-    assert (await in_process.get("/add/b")).status_code == 200
-    assert await names_in(shared) == ["a", "b"]
+    async with shared_transaction(tested) as session:
+        assert (await in_process.get("/add/a")).status_code == 200
+        await tested.close()
+        assert (await in_process.get("/add/b")).status_code == 200
+        assert await names_in(session) == ["a", "b"]
+    assert tested.engine is None
+    async with shared_transaction(tested):
+        pass
+    assert tested.engine is not None, "it was closed again"
 
 
 async def test_a_handler_that_changes_the_host_does_not_leave_the_transaction(
@@ -625,10 +631,25 @@ async def test_a_lost_connection_is_told_and_the_next_test_works(
 
 
 async def test_another_event_loop_is_refused(tested: DBConnect) -> None:
-    served = Served(tested)
+    has_engine, is_shared = threading.Event(), threading.Event()
+
+    async def insert_meanwhile() -> None:
+        async with new_non_ctx_session(tested) as session:
+            await session.scalar(select(1))
+        has_engine.set()
+        await asyncio.to_thread(is_shared.wait)
+        try:
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await run_in_new_ctx(Served(tested).insert, "a")
+        finally:
+            assert tested.engine is not None
+            await tested.engine.dispose()
+
+    other = asyncio.create_task(asyncio.to_thread(asyncio.run, insert_meanwhile()))
+    await asyncio.to_thread(has_engine.wait)
     async with shared_transaction(tested):
-        with pytest.raises(RuntimeError, match="wrap_async_context_manager"):
-            await asyncio.to_thread(lambda: asyncio.run(run_in_new_ctx(served.insert, "a")))
+        is_shared.set()
+        await other
 
 
 async def test_a_context_is_inside_a_session_of_no_context(
