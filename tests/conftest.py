@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import (
 
 from context_async_sqlalchemy import DBConnect
 from examples.demo import connections_out
+from examples.postgres import postgres_server
 from tests.models import Base
 from tests.pgbouncer import CONNECT_ARGS
-from tests.postgres import postgres_server
 from tests.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import URL
 
-from tests.postgres import free_port, wait_until
+from examples.postgres import free_port, wait_until
 
 # For an engine with asyncpg, whose cached statements are on one connection of PgBouncer and looked
 # for on another. Versions of PgBouncer from 1.21 on need none of it, asyncpg 0.31 only the first.

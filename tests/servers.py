@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import URL
 
-from tests.postgres import free_port
+from examples.postgres import free_port
 
 SERVERS = {
     "uvicorn with h11": "uvicorn --http h11 --no-access-log --port {port}",

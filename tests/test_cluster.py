@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.cluster import primary_and_standby
+from examples.cluster import primary_and_standby
+from examples.postgres import Server, free_port, new_server
 from tests.pgbouncer import CONNECT_ARGS, pgbouncer, pgbouncer_binary
-from tests.postgres import Server, free_port, new_server
 
 CREATE, INSERT = "CREATE TABLE item (id int PRIMARY KEY)", "INSERT INTO item VALUES ($1)"
 SELECT = "SELECT id FROM item ORDER BY id"

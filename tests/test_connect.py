@@ -24,9 +24,9 @@ from sqlalchemy.orm import Mapped, mapped_column, sessionmaker
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from examples.demo import connections_out
+from examples.postgres import free_port
 from tests.conftest import Database, make_connect
 from tests.models import Base, Item
-from tests.postgres import free_port
 
 
 def engine_mock() -> Any:

@@ -22,8 +22,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 from examples.demo import connections_out
+from examples.postgres import free_port
 from examples.serving import http_client
-from tests.postgres import free_port
 from tests.programs import ROOT, until
 from tests.tasks_example import TasksExample, load_anew, sign_up, tasks_example
 

@@ -16,10 +16,10 @@ from sqlalchemy import URL, make_url, text
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.postgres import keep_on_primary
+from examples.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
+from examples.postgres import free_port, frozen, new_server
 from examples.serving import http_client
-from tests.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
 from tests.conftest import Database
-from tests.postgres import free_port, frozen, new_server
 from tests.test_asgi_utils import app_of
 from tests.test_misuse import assert_clean
 

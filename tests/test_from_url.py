@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
 from context_async_sqlalchemy.redaction import hide_password
+from examples.postgres import PASSWORD_ROLE, free_port
 from tests.conftest import Database
 from tests.models import Item
-from tests.postgres import PASSWORD_ROLE, free_port
 from tests.test_asgi_utils import add
 
 SECRET = "pa@ss:w/o?r#d %41 ü"

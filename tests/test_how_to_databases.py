@@ -21,11 +21,11 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     new_non_ctx_session,
 )
+from examples.cluster import primary_and_standby
+from examples.postgres import PASSWORD_ROLE, Server, frozen
 from examples.serving import http_client
-from tests.cluster import primary_and_standby
 from tests.conftest import Database
 from tests.pgbouncer import pgbouncer, pgbouncer_binary
-from tests.postgres import PASSWORD_ROLE, Server, frozen
 from tests.programs import Outside, connects_of, load_program, until
 
 PID = text("SELECT pg_backend_pid()")

@@ -12,9 +12,9 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import URL
 
+from examples.postgres import free_port
 from examples.serving import http_client
 from tests.conftest import Database
-from tests.postgres import free_port
 from tests.programs import Outside, load_program, until
 
 # Dependencies

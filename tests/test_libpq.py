@@ -14,7 +14,7 @@ import trustme
 from sqlalchemy import URL, NullPool, text
 
 from context_async_sqlalchemy.engine import create_engine, parse_url
-from tests.postgres import free_port
+from examples.postgres import free_port
 from tests.tls import TLSServer, tls_server
 
 Serve = Callable[..., AbstractAsyncContextManager[TLSServer]]

@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy.postgres import Handler, keep_on_primary, keep_on_replica
+from examples.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
 from examples.demo import connections_out
-from tests.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
-from tests.postgres import Server, free_port, frozen
+from examples.postgres import Server, free_port, frozen
 
 HOSTS = [PRIMARY_HOST, STANDBY_HOST]
 

@@ -38,10 +38,10 @@ from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
 from examples.demo import connections_out
+from examples.postgres import free_port
 from examples.serving import http_client, serve
 from tests.conftest import Database, checked_connect, make_connect
 from tests.models import Item, Seat
-from tests.postgres import free_port
 from tests.proxy import Call, Fault, proxy
 from tests.test_asgi_utils import add, app_of, call, http_scope, respond
 from tests.test_faults import cancel_at

@@ -33,9 +33,9 @@ from context_async_sqlalchemy import (
     rollback_db_session,
 )
 from examples.demo import connections_out
+from examples.postgres import free_port
 from tests.conftest import Database, checked_connect, make_connect
 from tests.models import Item
-from tests.postgres import free_port
 from tests.proxy import Call, Fault, proxy
 from tests.test_asgi_utils import add
 

