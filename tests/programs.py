@@ -31,6 +31,11 @@ def connects_of(program: Any) -> list[DBConnect]:
     return [value for value in vars(program).values() if isinstance(value, DBConnect)]
 
 
+def is_all_closed(program: Any) -> bool:
+    """Return whether the program has closed each of its connects."""
+    return all(connect.engine is None for connect in connects_of(program))
+
+
 class Outside:
     """The database of a program, seen through a connection of its own."""
 

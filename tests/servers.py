@@ -39,14 +39,33 @@ def running_server(name: str, database_url: URL, log: Path) -> Generator[int]:
     Raises:
         AssertionError: If it does not start, does not exit, or leaves something behind.
     """
-    port = free_port()
-    command = [sys.executable, "-m", *SERVERS[name].format(port=port).split()]
     url = database_url.render_as_string(hide_password=False)
+    command = f"{SERVERS[name]} tests.served_app:app"
+    with running_module(command, log, SERVED_DATABASE_URL=url) as port:
+        yield port
+
+
+@contextmanager
+def running_module(
+    command: str, log: Path, *, port: int | None = None, **environment: str
+) -> Generator[int]:
+    """Run a module that serves; yields its port.
+
+    Args:
+        command: What follows `python -m`, with `{port}` in it.
+        log: The file for what it prints.
+        port: The port. Default None: a free one.
+        **environment: Variables of its environment.
+
+    Raises:
+        AssertionError: If it does not start, does not exit, or leaves something behind.
+    """
+    port = port or free_port()
     with log.open("wb") as output:
         process = psutil.Popen(
-            [*command, "tests.served_app:app"],
+            [sys.executable, "-m", *command.format(port=port).split()],
             cwd=Path(__file__).parent.parent,
-            env=os.environ | {"SERVED_DATABASE_URL": url},
+            env=os.environ | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -55,7 +74,7 @@ def running_server(name: str, database_url: URL, log: Path) -> Generator[int]:
         yield port
     finally:
         alive = _end(process)
-    assert not alive, f"{name} did not exit"
+    assert not alive, f"{command} did not exit"
     forgotten = [
         line for line in log.read_text().splitlines() if any(f in line for f in _FORGOTTEN)
     ]
@@ -63,7 +82,7 @@ def running_server(name: str, database_url: URL, log: Path) -> Generator[int]:
 
 
 def _wait_for(port: int, process: psutil.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
             return

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import Any
 
-import httpx
 import pytest
 import pytest_asyncio
 from sqlalchemy import URL, text
@@ -22,11 +21,11 @@ from context_async_sqlalchemy import (
     new_non_ctx_session,
 )
 from examples.cluster import primary_and_standby
-from examples.postgres import PASSWORD_ROLE, Server, frozen
+from examples.postgres import PASSWORD_ROLE, frozen
 from examples.serving import http_client
 from tests.conftest import Database
 from tests.pgbouncer import pgbouncer, pgbouncer_binary
-from tests.programs import Outside, connects_of, load_program, until
+from tests.programs import Outside, is_all_closed, load_program, until
 
 PID = text("SELECT pg_backend_pid()")
 
@@ -37,10 +36,6 @@ async def pid(connect: DBConnect) -> int:
         session = await db_session(connect)
         found: int = (await session.execute(PID)).scalar_one()
         return found
-
-
-def is_all_closed(program: Any) -> bool:
-    return all(connect.engine is None for connect in connects_of(program))
 
 
 # Engines and pools
@@ -337,120 +332,3 @@ async def test_a_silent_host_is_given_up_after_the_command_timeout(
 
                 await until(is_found)
                 assert program.connect.host == standby.host
-
-
-# A primary and replicas
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Generator[tuple[Server, Server]]:
-    """Return a primary and its standby, which every test of this module leaves as they were."""
-    with primary_and_standby() as servers:
-        yield servers
-
-
-@pytest_asyncio.fixture
-async def notes(
-    cluster: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
-) -> AsyncGenerator[Any]:
-    """Return the program of the notes on a primary and its standby."""
-    primary, standby = cluster
-    program = load_program(
-        monkeypatch,
-        "replicas",
-        DATABASE_URL=primary.url,
-        DATABASE_HOSTS=f"{primary.host},{standby.host}",
-    )
-    yield program
-    assert is_all_closed(program)
-    await primary.fetch("DROP TABLE replicated_note")
-
-
-@pytest_asyncio.fixture
-async def client(notes: Any, cluster: tuple[Server, Server]) -> AsyncGenerator[httpx.AsyncClient]:
-    async with http_client(notes.app) as client:
-        query = "SELECT 1 WHERE to_regclass('replicated_note') IS NOT NULL"
-        await until(lambda: cluster[1].fetch(query))
-        yield client
-
-
-@asynccontextmanager
-async def replay_paused(standby: Server) -> AsyncGenerator[None]:
-    """Let the standby fall behind for a block."""
-
-    async def is_paused() -> bool:
-        [row] = await standby.fetch("SELECT pg_get_wal_replay_pause_state()")
-        return bool(row[0] == "paused")
-
-    await standby.fetch("SELECT pg_wal_replay_pause()")
-    await until(is_paused)
-    try:
-        yield
-    finally:
-        await standby.fetch("SELECT pg_wal_replay_resume()")
-
-
-async def test_whoever_has_written_reads_it_and_others_read_the_replica(
-    client: httpx.AsyncClient, notes: Any, cluster: tuple[Server, Server]
-) -> None:
-    _, standby = cluster
-    reader = httpx.AsyncClient(base_url=client.base_url)
-    async with reader, replay_paused(standby):
-        assert (await client.post("/notes/milk")).status_code == 201
-        assert client.cookies["position"] != notes.UNKNOWN
-        assert (await client.get("/notes")).json() == ["milk"]  # the primary's
-        assert (await reader.get("/notes")).json() == []  # the replica's
-        assert notes.replica.host == standby.host
-    await until(lambda: standby.fetch("SELECT FROM replicated_note"))
-
-    # Once it has caught up, the replica serves the writer, too: without the primary.
-    await notes.primary.close()
-    assert (await client.get("/notes")).json() == ["milk"]
-    assert notes.primary.engine is None
-
-
-async def test_a_request_that_wrote_nothing_gets_no_cookie(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/notes")).status_code == 200
-    assert "position" not in client.cookies
-
-
-async def test_a_cookie_without_sense_is_refused(client: httpx.AsyncClient) -> None:
-    response = await client.get("/notes", headers={"Cookie": "position='; DROP TABLE"})
-    assert response.status_code == 422
-
-
-async def test_whoever_has_no_position_reads_the_primary(
-    client: httpx.AsyncClient,
-    notes: Any,
-    cluster: tuple[Server, Server],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def note_position() -> None:
-        raise ConnectionResetError
-
-    monkeypatch.setattr(notes, "note_position", note_position)
-    async with replay_paused(cluster[1]):
-        assert (await client.post("/notes/tea")).status_code == 201
-        assert client.cookies["position"] == notes.UNKNOWN
-        assert (await client.get("/notes")).json() == ["tea"]
-
-
-async def test_a_position_that_was_read_before_the_commit_promises_nothing(
-    client: httpx.AsyncClient, notes: Any, cluster: tuple[Server, Server]
-) -> None:
-    primary, standby = cluster
-    async with new_db_session_ctx():
-        session = await db_session(notes.primary)
-        session.add(notes.Note(body="milk"))
-        await session.flush()
-        lsn = "SELECT CAST(pg_current_wal_insert_lsn() AS text)"
-        too_early = (await session.execute(text(lsn))).scalar_one()
-        await primary.fetch("CREATE TABLE another_transaction ()")
-        await primary.fetch("DROP TABLE another_transaction")
-        replayed = f"SELECT WHERE pg_last_wal_replay_lsn() >= '{too_early}'"
-        await until(lambda: standby.fetch(replayed))
-        await standby.fetch("SELECT pg_wal_replay_pause()")
-    async with replay_paused(standby):
-        assert await standby.fetch(replayed)
-        cookie = {"Cookie": f"position={too_early}"}
-        assert (await client.get("/notes", headers=cookie)).json() == []

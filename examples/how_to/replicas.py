@@ -1,19 +1,28 @@
 """Write on the primary, read on a replica, and read what one has written oneself."""
 
+import asyncio
+import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Annotated
 
-from fastapi import Cookie, Depends, FastAPI
+from fastapi import Cookie, Depends, FastAPI, Response
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, on_commit
+from context_async_sqlalchemy import (
+    DBConnect,
+    close_db_session,
+    db_session,
+    new_db_session_ctx,
+    on_commit,
+)
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from context_async_sqlalchemy.postgres import keep_on_primary, keep_on_replica
 
@@ -27,6 +36,7 @@ replica = DBConnect.from_url(
     DATABASE_URL,
     before_create_session_handler=keep_on_replica(HOSTS, max_lag=10),
     isolation_level="AUTOCOMMIT",
+    connect_args={"server_settings": {"default_transaction_read_only": "on"}},
 )
 
 
@@ -53,9 +63,10 @@ UNKNOWN = "FFFFFFFF/FFFFFFFF"  # which no replica ever reaches
 written: ContextVar[list[str]] = ContextVar("written")
 
 
-async def session_to_write() -> AsyncSession:
+async def session_to_write(response: Response) -> AsyncSession:
     written.get().append(UNKNOWN)
     on_commit(primary, note_position)
+    response.headers["Served-By"] = "primary"
     return await db_session(primary)
 
 
@@ -65,16 +76,43 @@ async def note_position() -> None:
     written.get().append((await session.execute(text(position))).scalar_one())
 
 
-Position = Annotated[str | None, Cookie(pattern="^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
+PATIENCE = 1.0  # seconds that a replica has to catch up with a position
+Position = Annotated[str, Cookie(pattern="^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
+
+# asyncpg takes a string for text only.
+STATE = text(
+    """
+    SELECT CASE WHEN pg_is_in_recovery() THEN 'replica' ELSE 'primary' END,
+      NOT pg_is_in_recovery()
+      OR pg_last_wal_replay_lsn() >= CAST(CAST(:position AS text) AS pg_lsn)
+    """
+)
 
 
-async def session_to_read(position: Position = None) -> AsyncSession:
-    session = await db_session(replica)
-    # asyncpg takes a string for text only.
-    replayed = "SELECT pg_last_wal_replay_lsn() >= CAST(CAST(:position AS text) AS pg_lsn)"
-    if position is None or await session.scalar(text(replayed), {"position": position}):
-        return session
+async def session_to_read(response: Response, position: Position = "0/0") -> AsyncSession:
+    if position != UNKNOWN:
+        try:
+            async with asyncio.timeout(2 * PATIENCE):  # for one that says nothing
+                response.headers["Served-By"] = await wait_for_replica(position)
+            return await db_session(replica)
+        except Exception as error:  # it is behind, silent or dead: the primary can answer
+            logging.info("No replica for %s: %r", position, error)
+            await close_db_session(replica)
+    response.headers["Served-By"] = "primary"
     return await db_session(primary)
+
+
+async def wait_for_replica(position: str) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        session = await db_session(replica)
+        role, has_replayed = (await session.execute(STATE, {"position": position})).one()
+        if has_replayed:
+            return str(role)
+        await close_db_session(replica)  # so that no connection is held meanwhile
+        if time.monotonic() > deadline:
+            raise TimeoutError("the replica is behind")
+        await asyncio.sleep(0.05)
 
 
 class PositionCookie:
@@ -100,8 +138,7 @@ app.add_middleware(PositionCookie)  # after it, and so around it
 
 
 @app.post("/notes/{body}", status_code=201)
-async def add_note(body: str) -> None:
-    session = await session_to_write()
+async def add_note(body: str, session: Annotated[AsyncSession, Depends(session_to_write)]) -> None:
     session.add(Note(body=body))
 
 
