@@ -20,10 +20,17 @@ PROGRAMS = sorted(path.stem for path in (ROOT / "examples/how_to").glob("[!_]*.p
 
 
 def load_program(monkeypatch: pytest.MonkeyPatch, name: str, **environment: str) -> Any:
-    """Import a program anew, with variables of the environment."""
+    """Import a program anew, with variables of the environment.
+
+    Args:
+        monkeypatch: The fixture.
+        name: Of a program of the how-to pages; with a dot in it, of a module under `examples`.
+        **environment: The variables.
+    """
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    return importlib.reload(importlib.import_module(f"examples.how_to.{name}"))
+    module = name if "." in name else f"how_to.{name}"
+    return importlib.reload(importlib.import_module(f"examples.{module}"))
 
 
 def connects_of(program: Any) -> list[DBConnect]:

@@ -1,0 +1,114 @@
+"""A chat: each message is a unit of work, and is heard by the others once it is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, WebSocket, WebSocketDisconnect
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import CheckConstraint, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, on_commit
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from examples.websocket_chat.rooms import broadcast, deliver, joined
+
+connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///chat.db"))
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Message(Base):
+    __tablename__ = "chat_message"
+    __table_args__ = (
+        CheckConstraint("length(author) BETWEEN 1 AND 40"),
+        CheckConstraint("length(body) BETWEEN 1 AND 500"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    room: Mapped[str] = mapped_column(index=True)
+    author: Mapped[str]
+    body: Mapped[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"id": self.id, "author": self.author, "body": self.body}
+
+
+class Draft(BaseModel):
+    """What a client sends."""
+
+    author: str
+    body: str
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        await (await session.connection()).run_sync(Base.metadata.create_all)
+    yield
+    await connect.close()
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)  # for the history; a WebSocket gets nothing from it
+
+Room = Annotated[str, Query(min_length=1, max_length=40)]
+
+
+@app.get("/")
+async def page() -> FileResponse:
+    return FileResponse(Path(__file__).with_name("page.html"))
+
+
+@app.get("/messages")
+async def history(room: Room) -> list[dict[str, Any]]:
+    session = await db_session(connect)
+    newest = select(Message).filter_by(room=room).order_by(Message.id.desc()).limit(50)
+    return [message.as_json() for message in reversed((await session.scalars(newest)).all())]
+
+
+@app.websocket("/chat")
+async def chat(websocket: WebSocket, room: Room) -> None:
+    await websocket.accept()
+    try:
+        with joined(room) as outbox:
+            async with asyncio.TaskGroup() as tasks:
+                delivery = tasks.create_task(deliver(outbox, websocket))
+                async for text in websocket.iter_text():
+                    outbox.put_nowait(await answer(room, text))
+                delivery.cancel()
+    except* (WebSocketDisconnect, TimeoutError):
+        logging.info("A client left, or did not read")
+
+
+async def answer(room: str, text: str) -> dict[str, Any]:
+    """Do what one message asks for, and return what its sender is told."""
+    try:
+        async with new_db_session_ctx():
+            await say(room, Draft.model_validate_json(text))
+    except (ValidationError, IntegrityError):
+        return {"error": "A name has 1 to 40 characters, a message 1 to 500."}
+    except Exception:
+        logging.exception("A message failed")
+        return {"error": "Your message could not be stored. Try again."}
+    return {"stored": True}
+
+
+async def say(room: str, draft: Draft) -> None:
+    session = await db_session(connect)
+    message = Message(room=room, **draft.model_dump())
+    session.add(message)
+    await session.flush()  # which gives the message its id
+    on_commit(connect, partial(broadcast, room, message.as_json()))
