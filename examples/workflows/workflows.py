@@ -1,0 +1,120 @@
+"""What an application does with sessions and transactions. No framework is needed for it.
+
+Each function is called in the context of a request. What it leaves open is committed before a
+response below 400 starts, and rolled back otherwise.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from sqlalchemy import insert, select
+
+from context_async_sqlalchemy import (
+    atomic_db_session,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    rollback_db_session,
+    run_in_new_ctx,
+)
+from context_async_sqlalchemy.session import CurrentTransaction
+from examples.workflows.database import connect
+from examples.workflows.models import Note
+
+
+async def notes() -> list[str]:
+    """Read what is stored."""
+    session = await db_session(connect)
+    return list(await session.scalars(select(Note.text).order_by(Note.id)))
+
+
+async def simple_usage() -> None:
+    """Two functions have the same session, in the same transaction."""
+    session = await db_session(connect)
+    session.add(Note(text="by the handler"))
+    await write("by a function that it calls")
+
+
+async def write(text: str) -> None:
+    session = await db_session(connect)
+    await session.execute(insert(Note).values(text=text))
+
+
+async def atomic() -> None:
+    """A block is committed at its end, or rolled back if it raises, whatever the request does."""
+    with suppress(ValueError):
+        async with atomic_db_session(connect):
+            await write("in a block that fails")
+            raise ValueError
+    async with atomic_db_session(connect):
+        await write("in a block")
+    await write("after the blocks")
+    raise RuntimeError("the request fails")
+
+
+async def atomic_after_open_transaction(mode: CurrentTransaction, fails: bool) -> bool:
+    """A block finds a transaction open; return whether one is open after it."""
+    session = await db_session(connect)
+    await write("before the block")
+    with suppress(ValueError):
+        async with atomic_db_session(connect, mode):
+            await write("in the block")
+            if fails:
+                raise ValueError
+    return session.in_transaction()
+
+
+async def early_commit() -> None:
+    """What is committed stays, although the request fails later."""
+    await write("before the commit")
+    await commit_db_session(connect)
+    await write("after the commit")
+    raise RuntimeError("the request fails")
+
+
+async def early_rollback() -> None:
+    """The request goes on after a rollback, in a new transaction."""
+    await write("before the rollback")
+    await rollback_db_session(connect)
+    await write("after the rollback")
+
+
+async def early_close() -> bool:
+    """The connection is given back, as before something slow; return whether the session is new."""
+    session = await db_session(connect)
+    await write("committed before the close")
+    await commit_db_session(connect)
+    await write("not committed before the close")
+    await close_db_session(connect)
+    await write("after the close")
+    return await db_session(connect) is not session
+
+
+async def concurrent_queries() -> None:
+    """Each call has a context, hence a connection, of its own, and is committed at its end."""
+    await asyncio.gather(run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another"))
+
+
+async def sessions_outside_the_context() -> None:
+    """The request knows nothing of these sessions: its failure does not undo what they commit."""
+    async with new_non_ctx_session(connect) as session:
+        session.add(Note(text="committed by hand"))
+        await session.commit()
+        session.add(Note(text="not committed"))
+        await session.flush()
+    async with new_non_ctx_atomic_session(connect) as session:
+        session.add(Note(text="committed at the end of the block"))
+    raise RuntimeError("the request fails")
+
+
+async def rollback_by_exception() -> None:
+    """Nothing stays of a request that raises."""
+    await write("before the exception")
+    raise RuntimeError("the request fails")
+
+
+async def rollback_by_status_code() -> None:
+    """Nothing stays of a request that is answered with an error: its route says 409."""
+    await write("before the answer")
