@@ -1,0 +1,8 @@
+"""Serve the application; the arguments are those of uvicorn, such as `--port 8001`."""
+
+import sys
+
+import uvicorn
+
+if __name__ == "__main__":
+    uvicorn.main(["examples.asgi_example.app:app", *sys.argv[1:]])

@@ -1,0 +1,105 @@
+"""The examples of the workflows: their commands, their pages, and their tests as users run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from examples.workflows.routes import ROUTES
+from tests.programs import ROOT, Outside
+
+EXAMPLES = ["fastapi_example", "starlette_example", "asgi_example"]
+
+
+@contextmanager
+def served(example: str, url: str) -> Generator[str]:
+    """Run the command of an example on a free port; yields its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"examples.{example}", "--port", "0"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": url},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    address = None
+    try:
+        for line in process.stderr:
+            if address := re.search(r"running on (http://\S+)", line):
+                yield address[1]
+                break
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert address, "it has not started"
+    assert "Application shutdown complete" in errors
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+async def test_the_command_serves_the_workflows(example: str, url: str) -> None:
+    outside = Outside(url)
+    with served(example, url) as address:
+        async with httpx.AsyncClient(base_url=address) as client:
+            assert (await client.post("/simple_usage")).status_code == 200
+            stored = ["by the handler", "by a function that it calls"]
+            assert (await client.get("/notes")).json() == stored
+            assert (await client.get("/nothing")).status_code == 404
+        assert await outside.rows("SELECT text FROM workflow_note ORDER BY id") == stored
+    async with outside.connection() as connection:
+        await connection.exec_driver_sql("DROP TABLE workflow_note")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_application_does_not_start_without_its_database(example: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}", "--port", "0"],
+        cwd=ROOT,
+        env=os.environ | {"DATABASE_URL": "postgresql://app:hunter2@127.0.0.1:1/notes"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert "ConnectionRefusedError" in result.stderr
+    assert "Application startup failed" in result.stderr
+    assert "hunter2" not in result.stderr
+
+
+def test_a_user_runs_the_tests_on_sqlite(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'precious.db'}"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"),
+            "examples/fastapi_example",
+        ],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TEST_DATABASE_URL"}
+        | {"DATABASE_URL": url, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == [], "the tests have not kept to their own database"
+
+
+def table_of(example: str) -> list[str]:
+    """Return the rows on workflows in the README of an example."""
+    page = (ROOT / "examples" / example / "README.md").read_text()
+    return [line for line in page.splitlines() if re.search(r"\| `(GET|POST) /", line)]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_route_is_in_the_readme(example: str) -> None:
+    routes = re.findall(r"`((?:GET|POST) /\S+)`", "\n".join(table_of(example)))
+    assert sorted(routes) == sorted(f"{route.method} {route.path}" for route in ROUTES)
+    assert table_of(example) == table_of("fastapi_example")
