@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,39 +13,17 @@ import pytest
 
 from examples.workflows.routes import ROUTES
 from tests.programs import ROOT, Outside
+from tests.servers import running_module
 
 EXAMPLES = ["fastapi_example", "starlette_example", "asgi_example"]
 
 
-@contextmanager
-def served(example: str, url: str) -> Generator[str]:
-    """Run the command of an example on a free port; yields its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"examples.{example}", "--port", "0"],
-        cwd=ROOT,
-        env=os.environ | {"DATABASE_URL": url},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    address = None
-    try:
-        for line in process.stderr:
-            if address := re.search(r"running on (http://\S+)", line):
-                yield address[1]
-                break
-    finally:
-        process.terminate()
-        _, errors = process.communicate(timeout=20)
-    assert address, "it has not started"
-    assert "Application shutdown complete" in errors
-
-
 @pytest.mark.parametrize("example", EXAMPLES)
-async def test_the_command_serves_the_workflows(example: str, url: str) -> None:
+async def test_the_command_serves_the_workflows(example: str, url: str, tmp_path: Path) -> None:
     outside = Outside(url)
-    with served(example, url) as address:
-        async with httpx.AsyncClient(base_url=address) as client:
+    command = f"examples.{example} --port {{port}}"
+    with running_module(command, tmp_path / "log", DATABASE_URL=url) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             assert (await client.post("/simple_usage")).status_code == 200
             stored = ["by the handler", "by a function that it calls"]
             assert (await client.get("/notes")).json() == stored
