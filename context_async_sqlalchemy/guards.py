@@ -197,6 +197,8 @@ class _Guard:
         """Return whether a COMMIT that failed so has certainly not taken place."""
         if isinstance(error, self._dialect.loaded_dbapi.InterfaceError):
             return True  # the driver saw that the connection was closed already, and sent nothing
+        if type(error).__name__ == "InternalClientError" and "cannot switch" in str(error):
+            return True  # the same for asyncpg, before the end of a connection that was terminated
         sqlstate = getattr(error, "sqlstate", None) or ""
         is_lost = sqlstate.startswith(("08", "57P01", "57P02"))
         return hasattr(error, "sqlite_errorcode") or (_is_from_server(error) and not is_lost)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 import pytest_asyncio
 import stamina
@@ -584,3 +585,36 @@ async def test_a_decorated_function_keeps_its_types() -> None:
         await work()  # type: ignore[call-arg]
     with pytest.raises(ContextNotInitiatedError):
         await db_session(make_connect("sqlite+aiosqlite://"))
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_commit_that_asyncpg_does_not_send_is_tried_again(
+    connect: DBConnect, database: Database, database_url: URL, steps: int
+) -> None:
+    pids: list[int] = []
+
+    @retry_on_transient_error(attempts=2)
+    async def write() -> None:
+        await add(connect, "a")
+        pids.append(await backend_of(await db_session(connect)))
+        if len(pids) == 1:
+            terminate_and_block(database_url, pids[0])
+            # Between the server's last word and the end of the connection, which are read in turns
+            # of the event loop that follow each other, asyncpg refuses to send anything.
+            for _ in range(steps):
+                await asyncio.sleep(0)
+
+    try:
+        await write()
+    except CommitOutcomeUnknownError:
+        assert await database.names() == []
+    else:
+        assert len(pids) == 2
+        assert await database.names() == ["a"]
+
+
+def terminate_and_block(url: URL, pid: int) -> None:
+    """Terminate a backend while this event loop reads nothing."""
+    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])

@@ -134,9 +134,10 @@ async def test_a_read_only_transaction_is_read_only_and_the_next_one_is_not(
     tested: DBConnect,
 ) -> None:
     served = Served(tested)
+    options = {"postgresql_readonly": True, "postgresql_deferrable": True}
     try:
         async with shared_transaction(tested), new_non_ctx_session(tested) as session:
-            await session.connection(execution_options={"postgresql_readonly": True})
+            await session.connection(execution_options=options)
             with pytest.raises(DBAPIError):
                 await session.execute(insert(Item).values(name="a"))
     finally:
@@ -210,6 +211,33 @@ async def test_the_end_does_not_wait_for_a_task_that_outlives_it(
     async with asyncio.timeout(10):
         while await database.states():  # the server sleeps to the end
             await asyncio.sleep(0.05)
+
+
+async def test_the_engine_itself_is_in_the_transaction(
+    shared: AsyncSession, tested: DBConnect
+) -> None:
+    assert tested.engine is not None
+    async with tested.engine.begin() as connection:
+        await connection.execute(insert(Item).values(name="a"))
+    async with tested.engine.begin():
+        pass  # a transaction without a statement
+    async with tested.engine.connect() as connection:
+        await connection.execute(insert(Item).values(name="not committed"))
+    assert await names_in(shared) == ["a"]
+
+
+@postgresql_only
+async def test_a_connection_that_is_lost_at_the_end_is_not_used_again(
+    tested: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with shared_transaction(tested) as session:
+        pid = await session.scalar(text("SELECT pg_backend_pid()"))
+        await session.commit()
+        await database.terminate(pid)
+    assert "failed to roll back" in caplog.text
+    async with shared_transaction(tested) as session:
+        await run_in_new_ctx(Served(tested).insert, "a")
+        assert await names_in(session) == ["a"]
 
 
 async def test_two_connects_of_one_engine_need_one_transaction(tested: DBConnect) -> None:
