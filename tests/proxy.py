@@ -45,13 +45,16 @@ Decide = Callable[[Call], Awaitable[Fault | None]]
 
 
 @asynccontextmanager
-async def proxy(host: str, port: int, decide: Decide) -> AsyncGenerator[int]:
+async def proxy(
+    host: str, port: int, decide: Decide, with_set_up: bool = False
+) -> AsyncGenerator[int]:
     """Run a proxy to the server on `host` and `port`.
 
     Args:
         host: Of the server.
         port: Of the server.
         decide: Awaited before each round trip; says how it shall fail, if at all.
+        with_set_up: Whether those count, too, that come before the first BEGIN of a connection.
 
     Yields:
         The port of the proxy, on 127.0.0.1.
@@ -66,7 +69,7 @@ async def proxy(host: str, port: int, decide: Decide) -> AsyncGenerator[int]:
         try:
             # Python 3.11 logs a cancelled handler of a connection as an error.
             with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                await _Connection(reader, writer, decide).run(host, port)
+                await _Connection(reader, writer, decide, with_set_up).run(host, port)
         finally:
             writer.transport.abort()
             tasks.discard(task)
@@ -85,7 +88,11 @@ class _Connection:
     """One connection through the proxy."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decide: Decide
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decide: Decide,
+        is_set_up: bool,
     ) -> None:
         self._client_reader, self._client_writer = reader, writer
         self._decide = decide
@@ -93,7 +100,7 @@ class _Connection:
         self._statements: dict[bytes, str] = {}
         self._lost_after: tuple[bytes, ...] = ()
         self._swallows = False
-        self._is_set_up = False
+        self._is_set_up = is_set_up
 
     async def run(self, host: str, port: int) -> None:
         startup = await self._read_startup()
