@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_OPTIONS ?=
 WORKERS ?= 2
+# That the benchmarks take: no contender supports a newer one than 3.13. Those of pyenv need its path.
+NEWEST_PYTHON = $(shell for p in python3.13 ~/.pyenv/versions/3.13.*/bin/python \
+	python3.12 ~/.pyenv/versions/3.12.*/bin/python $(PYTHON); do \
+	$$p -c 'import ensurepip' 2>&- && echo $$p && break; done)
 
-.PHONY: demo test test-oldest lint format bench soak clean
+.PHONY: demo test test-oldest lint format bench bench-quick soak clean
 
 demo: $(VENV)/.demo  ## the main job, shown; DATABASE_URL=postgresql+asyncpg://… for another server
 	@$(VENV)/bin/python -m examples.demo
@@ -24,14 +28,20 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
-bench: $(VENV)/.test  ## what the middleware costs
-	$(VENV)/bin/python -m benchmarks.no_database
+bench:  ## what a request costs, here and elsewhere; BENCH_DATABASE_URL=postgresql://… for another server
+	@$(MAKE) .venv-bench/.bench VENV=.venv-bench PYTHON=$(NEWEST_PYTHON)
+	@.venv-bench/bin/python -m benchmarks
+	@.venv-bench/bin/python -m benchmarks.report
+
+bench-quick:  ## the same with fewer rounds, for a first look
+	@$(MAKE) .venv-bench/.bench VENV=.venv-bench PYTHON=$(NEWEST_PYTHON)
+	@.venv-bench/bin/python -m benchmarks --quick
 
 soak: $(VENV)/.test  ## 20,000 requests, after which nothing may have leaked or be lost
 	$(VENV)/bin/python -m tests.soak
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-bench
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,64 @@
+"""All contenders do the same work: the same answers, rows and statements."""
+
+from __future__ import annotations
+
+import re
+from unittest.mock import patch
+
+import asyncpg
+
+from benchmarks import work
+from benchmarks.contenders import AUTOCOMMIT, Contender, taking_part
+from benchmarks.requests import request
+from benchmarks.wire import WARM_UP, calls_of, watched, work_of
+from benchmarks.work import INSERT, LOAD, SELECT, UPDATE
+
+REQUESTS = WARM_UP + 2  # of each route; the one before the last is watched, the last one answers
+EXPECTED = {
+    "nothing": ("0", []),
+    "select": ("5", [SELECT]),
+    "insert": ("1", [INSERT]),
+    "five": ("17", [SELECT, INSERT, SELECT, INSERT, SELECT]),
+    "change": (str(REQUESTS), [LOAD, UPDATE]),
+}
+ROWS = 1 + REQUESTS + 2 * REQUESTS
+
+
+async def differences(url: str, connection: asyncpg.Connection) -> list[str]:
+    """Return what any contender does that the others do not."""
+    found = []
+    for contender in taking_part(autocommit=True):
+        found += await differences_of(contender, url, connection)
+    return found
+
+
+async def differences_of(
+    contender: Contender, url: str, connection: asyncpg.Connection
+) -> list[str]:
+    """Return what is wrong with the answers, the rows and the statements of a contender."""
+    await connection.execute(work.CREATE)
+    found = []
+    async with watched(contender, url) as (app, seen):
+        for route, (answer, statements) in EXPECTED.items():
+            calls = await calls_of(app, seen, f"/{route}")
+            answered = (await request(app, f"/{route}")).decode()
+            if answered != answer:
+                found.append(f"{contender.key}: /{route} answers {answered}, not {answer}")
+            # SQLAlchemy 2.0 gives the columns of a loaded object names of their own.
+            sent = [re.sub(r" AS \w+", "", statement) for statement in work_of(calls)]
+            if sent != statements:
+                found.append(f"{contender.key}: /{route} sends {sent}, not {statements}")
+            ends = [call.partition(";")[0] for call in calls if call not in work_of(calls)]
+            in_transaction = statements and not contender.name.endswith(AUTOCOMMIT)
+            if ends != (["BEGIN", "COMMIT"] if in_transaction else []):
+                found.append(f"{contender.key}: /{route} sends {ends} around its work")
+        if len(await request(app, "/body")) != work.BODY_PARTS * len(work.BODY_PART):
+            found.append(f"{contender.key}: /body is not whole")
+        with patch.object(work, "BACKGROUND_SECONDS", 0):
+            if await request(app, "/background") != b"5":
+                found.append(f"{contender.key}: /background has another answer")
+    rows = await connection.fetchval("SELECT count(*) FROM bench_entry")
+    changes = await connection.fetchval("SELECT value FROM bench_counter")
+    if (rows, changes) != (ROWS, REQUESTS):
+        found.append(f"{contender.key}: {rows} rows and {changes} changes are committed")
+    return found

@@ -1,0 +1,74 @@
+"""A run: its rounds, which the progress bar shows, and the figures that come of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.progress import Progress
+
+T = TypeVar("T")
+Samples = dict[str, dict[str, list[float]]]
+"""The measured values, by contender and column."""
+
+
+class Run:
+    """What the measurements share.
+
+    Args:
+        url: Of the database.
+        is_quick: Whether to measure less.
+        progress: Shows the rounds.
+    """
+
+    def __init__(self, url: str, is_quick: bool, progress: Progress) -> None:
+        self.url = url
+        self.is_quick = is_quick
+        self.samples: dict[str, Samples] = {}
+        self._progress = progress
+
+    def rounds(self, title: str, full: int, quick: int) -> Iterator[int]:
+        """Yield the numbers of the rounds of a measurement."""
+        total = quick if self.is_quick else full
+        yield from self._progress.track(range(total), description=title, total=total)
+
+    def add(self, section: str, key: str, column: str, value: float) -> None:
+        """Add a measured value."""
+        columns = self.samples.setdefault(section, {}).setdefault(key, {})
+        columns.setdefault(column, []).append(value)
+
+    def figures(self, section: str, floor_of: Callable[[str, str], tuple[str, str]]) -> Any:
+        """Return the median of each value, and that of its ratio to a floor with its spread.
+
+        Args:
+            section: Which values.
+            floor_of: For a contender and a column, the contender and the column of their floor.
+        """
+        samples = self.samples[section]
+        figures: dict[str, dict[str, dict[str, float]]] = {}
+        for key, columns in samples.items():
+            for column, values in columns.items():
+                figure = {"value": statistics.median(values)}
+                floor_key, floor_column = floor_of(key, column)
+                floor = samples.get(floor_key, {}).get(floor_column, [])
+                # Zipped, for what slows a round down slows all of it down.
+                ratios = [value / base for value, base in zip(values, floor, strict=False) if base]
+                if ratios:
+                    figure |= {"ratio": statistics.median(ratios), **_spread(ratios)}
+                rounded = {name: float(f"{number:.4g}") for name, number in figure.items()}
+                figures.setdefault(key, {})[column] = rounded
+        return figures
+
+
+def rotated(things: Sequence[T], number: int) -> list[T]:
+    """Return the things in an order in which another one is the first in each round."""
+    start = number % len(things)
+    return [*things[start:], *things[:start]]
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"low": values[0], "high": values[0]}
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"low": low, "high": high}

@@ -1,0 +1,128 @@
+"""What is measured: the sections of the results, each with its unit and its floor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.contenders import FLOOR
+
+
+class Section(NamedTuple):
+    """One kind of figures.
+
+    Attributes:
+        name: In the results.
+        title: Above its table.
+        unit: Of its values.
+        text: What it says, in Markdown.
+        plot: Whether it has a plot: of the ratios, with FastAPI.
+        floor_column: The column that the others of a contender are compared with. Default None:
+            they are compared with the same column of the floor.
+    """
+
+    name: str
+    title: str
+    unit: str
+    text: str
+    plot: bool = False
+    floor_column: str | None = None
+
+    def floor_of(self, key: str, column: str) -> tuple[str, str]:
+        """Return the contender and the column that a figure is compared with."""
+        if self.floor_column is not None:
+            return key, self.floor_column
+        if self.name == "calls":
+            return "await of an empty coroutine", column
+        return f"{key.partition(':')[0]}: {FLOOR}", column
+
+
+_ROUTES = (
+    "*nothing* asks for no session; *select* and *insert* send one statement; *five* sends five in "
+    "three child coroutines; *change* loads an object, changes it and flushes."
+)
+
+SECTIONS = [
+    Section(
+        "cpu",
+        "CPU time of a request",
+        "µs",
+        f"In process, without a server, one request after the other. {_ROUTES} The CPU time is "
+        "that of the Python process; PostgreSQL's is not in it.",
+        plot=True,
+    ),
+    Section("wall", "Wall time of a request", "µs", "The same requests, PostgreSQL included."),
+    Section(
+        "layers",
+        "What a request is made of",
+        "µs",
+        "CPU time of the same requests, from raw asyncpg to this library, one layer after the "
+        "other: `maker()`, the statement and `commit()`, with nothing for the case that one of "
+        "them fails, is the least that SQLAlchemy takes; then the same with the engine of a "
+        "connect, which watches commits and connections for what PostgreSQL and drivers let pass; "
+        "with `close()`; in a context; and with the middleware, which settles. What is between the "
+        "least and the floor is all that there is to save.",
+    ),
+    Section(
+        "distance",
+        "Wall time of a SELECT with a server 1 ms away",
+        "µs",
+        "Each round trip goes through a proxy that keeps it for 1 ms, as a network would. On "
+        "loopback the CPU time hides what a round trip less is worth: a read with AUTOCOMMIT takes "
+        "one instead of three.",
+    ),
+    Section(
+        "trips",
+        "Round trips of a request",
+        "",
+        "Counted by a proxy between the application and PostgreSQL, on a hot connection.",
+    ),
+    Section(
+        "throughput",
+        "Requests a second",
+        "/s",
+        "Served by uvicorn (asyncio, httptools) in one process, with a pool of 10 connections; "
+        "each request is one INSERT. The columns are the numbers of concurrent clients. Server, "
+        "client and PostgreSQL share the cores.",
+        plot=True,
+    ),
+    Section("p50", "Median latency", "ms", "Of the same requests."),
+    Section("p99", "99th percentile of the latency", "ms", "Of the same requests.", plot=True),
+    Section(
+        "disturbed",
+        "Quick requests while others are slow",
+        "/s",
+        "Served by uvicorn with a pool of 5 connections: 4 clients send requests with one SELECT "
+        "each, while 50 clients slowly read a body of 4 MiB that was streamed after a SELECT, and "
+        "while 50 background tasks sleep that were left by such requests. The ratio is that to the "
+        "same contender undisturbed. By hand, the handler gives its connection back before the "
+        "body begins; whoever keeps it until the end has none left.",
+        plot=True,
+        floor_column="undisturbed",
+    ),
+    Section(
+        "connects",
+        "Several databases in a request",
+        "µs",
+        "CPU time of a request that reads from 1 to 8 databases, each with a connect of its own.",
+    ),
+    Section(
+        "memory",
+        "Memory of a request in flight",
+        "KiB",
+        "What Python allocates for each of 500 requests that have got their session and wait, the "
+        "task of the request included.",
+    ),
+    Section(
+        "start",
+        "Start",
+        "ms",
+        "From the start of the process until uvicorn listens, imports included. fastapi-sqla "
+        "connects to the database meanwhile, the others when they are first asked.",
+    ),
+    Section(
+        "calls",
+        "Asking again",
+        "ns",
+        "CPU time of `await db_session(connect)` when the request has its session already.",
+    ),
+]
