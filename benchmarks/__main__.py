@@ -80,7 +80,7 @@ async def measure(run: Run) -> None:
         served.measure_disturbance(run)
 
 
-def about(command: str) -> dict[str, Any]:
+def about(command: str, load: str) -> dict[str, Any]:
     """Return what the figures were taken on."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -93,6 +93,7 @@ def about(command: str) -> dict[str, Any]:
             "cores": psutil.cpu_count(),
             "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
             "system": f"{platform.system()} {platform.machine()}",
+            "load average before": load,
         },
         "versions": {"Python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
@@ -101,6 +102,7 @@ def about(command: str) -> dict[str, Any]:
 
 def main() -> None:
     is_quick = "--quick" in sys.argv
+    load = f"{os.getloadavg()[0]:.1f}"
     console = Console()
     for contender in CONTENDERS:
         if (obstacle := contender.obstacle()) is not None:
@@ -115,7 +117,7 @@ def main() -> None:
     with database() as url, Progress(*columns, console=console) as progress:
         run = Run(url, is_quick, progress)
         asyncio.run(measure(run))
-    results = about("make bench-quick" if is_quick else "make bench") | {
+    results = about("make bench-quick" if is_quick else "make bench", load) | {
         "figures": {
             section.name: run.figures(section.name, section.floor_of) for section in SECTIONS
         }

@@ -26,7 +26,7 @@ from context_async_sqlalchemy.test_utils import shared_transaction
 from examples.demo import connections_out
 from tests.conftest import Database
 from tests.models import Item
-from tests.programs import Outside
+from tests.programs import Outside, until
 from tests.test_shared_transaction import (
     Served,
     in_process,
@@ -201,16 +201,18 @@ async def test_the_end_does_not_wait_for_a_task_that_outlives_it(
 
     async with shared_transaction(tested) as session:
         task = asyncio.create_task(run_in_new_ctx(sleep))
-        await asyncio.sleep(0.2)
+        await until(lambda: database.pid_of("SELECT pg_sleep%"))
         await session.rollback()
         start = time.monotonic()
     took = time.monotonic() - start
     await asyncio.wait([task])
     task.exception()
     assert took < 2
-    async with asyncio.timeout(10):
-        while await database.states():  # the server sleeps to the end
-            await asyncio.sleep(0.05)
+
+    async def has_woken_up() -> bool:
+        return await database.states() == []
+
+    await until(has_woken_up)  # the server sleeps to the end
 
 
 async def test_the_engine_itself_is_in_the_transaction(
