@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -140,6 +141,12 @@ class Database:
     async def terminate(self, pid: int) -> None:
         """End another connection from the server's side, and wait until it is gone."""
         assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
+
+    async def terminate_any(self) -> None:
+        """End one of the other connections, if there is one that does not end by itself first."""
+        if backends := await self.backends():
+            pid = random.choice(backends)
+            await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
     async def is_left_by_all(self) -> None:
         """Wait until no other connection is left: the server ends one a moment after its client."""

@@ -73,15 +73,15 @@ def test_every_block_is_found() -> None:
 
 @pytest.mark.parametrize("page", HOW_TO, ids=[page.stem for page in HOW_TO])
 def test_every_how_to_shows_its_program(page: Path) -> None:
-    [program] = set(examples_of(page))
-    assert program.parent.name == "how_to"
+    assert examples_of(page)
     assert blocks_of(page)
 
 
 def test_every_program_has_its_how_to() -> None:
     shown = {example for page in HOW_TO for example in examples_of(page)}
-    assert shown == set((ROOT / "examples" / "how_to").glob("[!_]*.py"))
-    assert len(shown) >= 5
+    programs = set((ROOT / "examples" / "how_to").glob("[!_]*.py"))
+    assert shown >= programs
+    assert len(programs) >= 5
 
 
 @pytest.mark.parametrize(
