@@ -118,15 +118,19 @@ class DBSessionContext:
                 "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
             ) from error
         finally:
-            sessions, self.sessions = self.sessions, []
-            made, self.made = self.made, []
-            self.by_key.clear()
-            if with_close and sessions:
-                for session in made:
-                    refuse_further_use(session)
-                await close_sessions(sessions)
-            if self.commits is not None:
-                self.commits.stop()
+            if self.used:
+                await self._end_sessions(with_close)
+
+    async def _end_sessions(self, with_close: bool) -> None:
+        sessions, self.sessions = self.sessions, []
+        made, self.made = self.made, []
+        self.by_key.clear()
+        if with_close:
+            for session in made:
+                refuse_further_use(session)
+            await close_sessions(sessions)
+        if self.commits is not None:
+            self.commits.stop()
 
     async def _end_forgotten(self) -> None:
         inside = _context.get()

@@ -77,9 +77,11 @@ def is_in_use(session: AsyncSession) -> bool:
     transaction for ended, and returns the connection with it to the pool.
     """
     transaction = _transaction_of(session)
-    if transaction is not None and transaction._current_fn is not None:
+    if transaction is None:
+        return False
+    if transaction._current_fn is not None:
         return True
-    for connection in connections_of(session):
+    for connection in _open_connections(transaction):
         # The lock of SQLAlchemy's adapters for drivers in which statements cannot wait for others.
         lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
         if lock is not None and lock.locked():
@@ -95,8 +97,10 @@ def note_commits(connection: Connection, work: Durable) -> None:
 def connections_of(session: AsyncSession) -> list[Connection]:
     """Return the open connections of this session's transaction."""
     transaction = _transaction_of(session)
-    if transaction is None:
-        return []
+    return _open_connections(transaction) if transaction is not None else []
+
+
+def _open_connections(transaction: SessionTransaction) -> list[Connection]:
     # SQLAlchemy 2.1 has a public name for this, 2.0 has not.
     connections = {connection for connection, *_ in transaction._connections.values()}
     return [c for c in connections if not (c.closed or c.invalidated)]

@@ -38,8 +38,13 @@ async def close_sessions(sessions: list[AsyncSession]) -> None:
     if any(is_in_transaction(session) for session in sessions):
         await run_to_completion(_close_each(sessions))
     else:
-        # Nothing is sent to a server then, so that nothing can be torn: spare the task.
-        await _close_each(sessions)
+        # Nothing is sent to a server then, so that nothing can be torn: spare the task, and the
+        # greenlet of AsyncSession.close(), which is 3 % of a request with one statement.
+        for session in sessions:
+            if getattr(type(session), "close", None) is AsyncSession.close:
+                _close_idle(session)
+            else:
+                await _release(session, session.close, "close")
 
 
 async def wait_until_idle(sessions: list[AsyncSession]) -> None:
@@ -65,6 +70,13 @@ async def _rollback_each(sessions: list[AsyncSession]) -> None:
 async def _close_each(sessions: list[AsyncSession]) -> None:
     for session in sessions:
         await _release(session, session.close, "close")
+
+
+def _close_idle(session: AsyncSession) -> None:
+    try:
+        session.sync_session.close()
+    except Exception:
+        logger.exception("A database session failed to close")
 
 
 async def _release(session: AsyncSession, method: Callable[[], Awaitable[None]], what: str) -> None:

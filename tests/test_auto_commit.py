@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -246,6 +246,42 @@ async def test_a_connection_that_cannot_be_rolled_back_is_not_returned(
         await database.terminate(pid)
         await rollback_all_sessions()
         assert await session.scalar(text("SELECT pg_backend_pid()")) != pid
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_an_error_while_closing_is_logged_and_the_other_sessions_are_closed(
+    connect: DBConnect, second_connect: DBConnect, caplog: pytest.LogCaptureFixture, is_open: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the listener failed")
+
+    first, second = Item(name="first"), Item(name="second")
+    async with new_db_session_ctx():
+        broken, healthy = await db_session(connect), await db_session(second_connect)
+        broken.add(first)
+        healthy.add(second)
+        await commit_all_sessions()
+        event.listen(broken.sync_session, "persistent_to_detached", fail)
+        if is_open:
+            await broken.connection()
+            await close_all_sessions()
+    assert "the listener failed" in caplog.text
+    assert inspect(second).detached
+    assert connections_out(connect) == 0
+
+
+async def test_a_session_class_that_overrides_close_is_respected(connect: DBConnect) -> None:
+    closed = []
+
+    class Session(AsyncSession):
+        async def close(self) -> None:
+            await super().close()
+            closed.append(self)
+
+    session = Session((await connect.create_session()).bind)
+    async with new_db_session_ctx():
+        put_db_session_to_context(connect, session)
+    assert closed == [session]
 
 
 async def test_a_session_class_that_overrides_commit_is_respected(
