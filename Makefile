@@ -8,7 +8,7 @@ NEWEST_PYTHON = $(shell for p in python3.13 ~/.pyenv/versions/3.13.*/bin/python 
 	python3.12 ~/.pyenv/versions/3.12.*/bin/python $(PYTHON); do \
 	$$p -c 'import ensurepip' 2>&- && echo $$p && break; done)
 
-.PHONY: demo test test-oldest lint format bench bench-quick soak clean
+.PHONY: demo test test-oldest lint format docs docs-serve bench bench-quick soak clean
 
 demo: $(VENV)/.demo  ## the main job, shown; DATABASE_URL=postgresql+asyncpg://… for another server
 	@$(VENV)/bin/python -m examples.demo
@@ -28,6 +28,12 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
+docs: $(VENV)/.docs  ## the site, in site/; every link and anchor is checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs  ## the site, while it is written
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
+
 bench:  ## what a request costs, here and elsewhere; BENCH_DATABASE_URL=postgresql://… for another server
 	@$(MAKE) .venv-bench/.bench VENV=.venv-bench PYTHON=$(NEWEST_PYTHON)
 	@.venv-bench/bin/python -m benchmarks
@@ -41,7 +47,7 @@ soak: $(VENV)/.test  ## 20,000 requests, after which nothing may have leaked or 
 	$(VENV)/bin/python -m tests.soak
 
 clean:
-	rm -rf .venv .venv-oldest .venv-bench
+	rm -rf .venv .venv-oldest .venv-bench site
 
 $(VENV)/.%: pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

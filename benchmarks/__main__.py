@@ -73,6 +73,7 @@ async def measure(run: Run) -> None:
             await in_process.measure_time(run, apps)
             await in_process.measure_memory(run, apps)
         await layers.measure_layers(run)
+        await layers.measure_empty_layers(run)
         await in_process.measure_connects(run)
         await in_process.measure_calls(run)
         served.measure_start(run)

@@ -34,21 +34,20 @@ each bar, and the floor dashed.
 """
 
 
-_CONTENDERS = """\
-Each is a small application with the same routes, the same statements and an engine with the same
-pool; `tests/test_benchmarks.py` checks that they send the same statements, commit the same rows and
-give the same answers. How they differ:
-"""
-
 _NOTES = """\
 What is not reached, and why:
 
-- *No database*: the middleware makes a context and a `send` that settles, and ends them. What share
-  that is depends on the framework: an ASGI application that does nothing but answer takes less
-  itself.
+- *No database*: [a `send` and a context variable](#what-a-request-without-a-session-is-made-of),
+  without which there is no middleware of this kind, are a part of it; the rest is the container of
+  the sessions, whose request it is, and its end. What share of the request that is depends on the
+  framework: an ASGI application that does nothing but answer takes less itself.
 - *SELECT and INSERT*: by [what a request is made of](#what-a-request-is-made-of), the least that
   SQLAlchemy takes is near the goal already, without anything for the case that something fails. The
   rows below it say what the engine of a connect, `close()`, a context and the middleware add.
+- *The best other library*, fastapi-async-sqlalchemy, settles once, at the end. This one asks before
+  the response, before the end of its body and after its background tasks whether there is
+  something to commit; refuses to commit while another task is inside a statement, or after one has
+  failed in PostgreSQL; and refuses what comes later.
 - *AUTOCOMMIT read*: on loopback a round trip is short, and SQLAlchemy's CPU time, which is the same
   for a read in a transaction, is most of the wall time. [With a server 1 ms
   away](#wall-time-of-a-select-with-a-server-1-ms-away) it is not.

@@ -59,8 +59,16 @@ SECTIONS = [
         "other: `maker()`, the statement and `commit()`, with nothing for the case that one of "
         "them fails, is the least that SQLAlchemy takes; then the same with the engine of a "
         "connect, which watches commits and connections for what PostgreSQL and drivers let pass; "
-        "with `close()`; in a context; and with the middleware, which settles. What is between the "
-        "least and the floor is all that there is to save.",
+        "with `close()`; with `new_db_session_ctx()` around it, which settles; and with the "
+        "middleware instead. What is between the least and the floor is all that there is to save.",
+    ),
+    Section(
+        "empty",
+        "What a request without a session is made of",
+        "µs",
+        "CPU time of a request that asks for no session: with a middleware that only passes on "
+        "each message by a `send` of its own; one that also sets a context variable and resets it; "
+        "and with this library, which needs both, and a container for what may be asked for.",
     ),
     Section(
         "distance",

@@ -24,12 +24,12 @@ def load_program(monkeypatch: pytest.MonkeyPatch, name: str, **environment: str)
 
     Args:
         monkeypatch: The fixture.
-        name: Of a program of the how-to pages; with a dot in it, of a module under `examples`.
+        name: Of a program of the how-to pages, or else of a module under `examples`.
         **environment: The variables.
     """
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    module = name if "." in name else f"how_to.{name}"
+    module = f"how_to.{name}" if name in PROGRAMS else name
     return importlib.reload(importlib.import_module(f"examples.{module}"))
 
 

@@ -1,57 +1,73 @@
-"""The code of the README runs, and is that of the examples."""
+"""What the README and the home page show, run."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncGenerator
+import importlib
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import fastapi
 import httpx
 import pytest
 import pytest_asyncio
 
-from context_async_sqlalchemy import DBConnect
-from examples import demo, quickstart
+from examples import demo
 from examples.serving import http_client
+from tests.programs import Outside, is_all_closed, until
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-def test_the_first_block_is_the_quickstart() -> None:
-    code = Path(quickstart.__file__).read_text()
-    assert BLOCKS[0] == code
-    assert len(code.splitlines()) <= 30
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+QUICKSTARTS = ["quickstart", "quickstart_starlette", "quickstart_asgi"]
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_runs(code: str) -> None:
-    exec(compile(code, str(README), "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("name", QUICKSTARTS)
+def test_a_quickstart_is_shown_whole_and_short(name: str) -> None:
+    code = (ROOT / "examples" / f"{name}.py").read_text()
+    assert code in (ROOT / "docs" / "getting-started.md").read_text()
+    assert code in README or name != "quickstart"
+    assert len(code.splitlines()) <= 40
 
 
 def test_what_the_demo_prints_is_shown() -> None:
     for title in demo.SCENARIOS:
-        assert f"│ ✓ │ {title} " in README.read_text()
+        assert f"│ ✓ │ {title} " in README
+
+
+@pytest.mark.parametrize("name", QUICKSTARTS)
+async def test_a_quickstart_serves_requests(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quickstart: Any = importlib.import_module(f"examples.{name}")
+    async with http_client(quickstart.app, log_level="critical") as client:
+        assert (await client.post("/notes/milk")).status_code == 201
+        assert (await client.post("/notes/milk")).status_code == 500
+        assert (await client.post("/notes/bread")).status_code == 201
+    url = f"sqlite+aiosqlite:///{tmp_path / 'notes.db'}"
+    assert await Outside(url).rows("SELECT body FROM note") == ["milk", "bread"]
+    await until(lambda: is_all_closed(quickstart))
+
+
+@pytest.fixture
+def comparison(url: str, load: Callable[[str, str], Any]) -> Any:
+    return load("comparison", url)
 
 
 @pytest_asyncio.fixture
-async def client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncGenerator[httpx.AsyncClient]:
-    monkeypatch.chdir(tmp_path)
-    async with http_client(quickstart.app) as client:
+async def client(comparison: Any) -> AsyncGenerator[httpx.AsyncClient]:
+    async with http_client(comparison.app, log_level="critical") as client:
         yield client
 
 
-async def test_the_quickstart_serves_requests(client: httpx.AsyncClient, tmp_path: Path) -> None:
-    assert (await client.post("/notes/milk")).status_code == 201
-    assert (await client.post("/notes/milk")).status_code == 500
-    assert (await client.post("/notes/bread")).status_code == 201
-    assert (tmp_path / "notes.db").exists()
-
-
-def test_the_connect_of_the_quickstart_is_closed_with_it() -> None:
-    connect: Any = quickstart.connect
-    assert isinstance(connect, DBConnect)
-    assert connect.engine is None
+@pytest.mark.parametrize("way", ["by-hand", "depends", "library"])
+async def test_the_three_ways_of_the_home_page_differ_as_it_says(
+    way: str, client: httpx.AsyncClient, url: str
+) -> None:
+    assert (await client.post(f"/{way}/users/ann")).status_code == 201
+    await until(lambda: Outside(url).rows("SELECT name FROM user_account"))
+    again = await client.post(f"/{way}/users/ann")
+    version = tuple(map(int, fastapi.__version__.split(".")[:2]))
+    is_told_too_early = way == "depends" and version >= (0, 118)
+    assert again.status_code == (201 if is_told_too_early else 500)
+    assert await Outside(url).rows("SELECT name FROM user_account") == ["ann"]
