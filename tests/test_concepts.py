@@ -1,9 +1,10 @@
-"""The page *Core concepts*: what it says of its program is so."""
+"""The page *Core concepts*: what it says of its program is so; and the order of the glossary."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from context_async_sqlalchemy import commit_all_sessions, db_session, new_db_session_ctx
 from examples import concepts
 from examples.demo import connections_out
-from tests.programs import Outside
+from tests.programs import ROOT, Outside
 
 
 class Stored:
@@ -104,3 +105,9 @@ async def test_a_session_and_its_objects_go_on_after_a_commit(stored: Stored) ->
         assert await db_session(concepts.shop) is session
         order.article = "green " + order.article
     assert await stored.articles() == ["green tea"]
+
+
+def test_the_glossary_is_in_alphabetical_order() -> None:
+    terms = re.findall("^## (.+)$", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
+    assert len(terms) > 30
+    assert terms == sorted(terms, key=str.lower)
