@@ -1,0 +1,56 @@
+"""Notes, in FastAPI."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import BackgroundTasks, FastAPI, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import text
+
+from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+@app.post("/notes/{title}")
+async def post_note(title: str) -> Response:
+    return Response(status_code=await add_note(title))
+
+
+@app.post("/notes/{title}/copy", status_code=202)
+async def post_copy(title: str, background: BackgroundTasks) -> None:
+    background.add_task(add_note, f"copy of {title}")
+
+
+@app.get("/notes")
+async def get_notes() -> StreamingResponse:
+    return StreamingResponse(read_notes())
+
+
+async def add_note(title: str) -> int:
+    """Add a note; return the status of the answer, of which 409 undoes it."""
+    session = await db_session(connect)
+    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
+    titles = (await session.scalars(text("SELECT title FROM note"))).all()
+    return 201 if titles.count(title) == 1 else 409
+
+
+async def read_notes() -> AsyncGenerator[bytes]:
+    session = await db_session(connect)
+    for title in await session.scalars(text("SELECT title FROM note")):
+        yield f"{title}\n".encode()
