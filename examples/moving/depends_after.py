@@ -1,0 +1,66 @@
+"""The library when it has moved: nothing hands a session around, or commits what a request did."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import IntegrityError
+
+from context_async_sqlalchemy import DBConnect, commit_db_session, db_session, new_db_session_ctx
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from examples.moving.models import Base, Entry, Loan
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///library.db")
+connect = DBConnect.from_url(DATABASE_URL)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+@app.exception_handler(IntegrityError)
+async def conflict(_: Request, __: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "somebody has it"}, status_code=409)
+
+
+async def lend(book: str, reader: str) -> None:
+    session = await db_session(connect)
+    session.add(Loan(book=book, reader=reader))
+    await note(f"{reader} takes {book}")
+
+
+async def note(text: str) -> None:
+    session = await db_session(connect)
+    session.add(Entry(text=text))
+
+
+@app.post("/loans/{book}/{reader}", status_code=201)
+async def borrow(book: str, reader: str) -> None:
+    await lend(book, reader)
+
+
+@app.delete("/loans/{book}", status_code=204)
+async def give_back(book: str, background: BackgroundTasks) -> None:
+    session = await db_session(connect)
+    loan = await session.get(Loan, book)
+    if loan is None:
+        await note(f"nobody had {book}")
+        await commit_db_session(connect)  # which the 404 would undo
+        raise HTTPException(404)
+    await session.delete(loan)
+    background.add_task(thank, loan.reader)
+
+
+async def thank(reader: str) -> None:
+    await note(f"thank you, {reader}")
