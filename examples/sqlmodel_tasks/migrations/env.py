@@ -10,8 +10,12 @@ from examples.sqlmodel_tasks.models import Base
 
 
 def migrate(connection: Connection) -> None:
-    # SQLite cannot alter a table: Alembic makes a new one of it in a batch.
-    context.configure(connection, target_metadata=Base.metadata, render_as_batch=True)
+    context.configure(
+        connection,
+        target_metadata=Base.metadata,
+        render_as_batch=True,  # SQLite cannot alter a table: Alembic makes a new one of it
+        transactional_ddl=True,  # on SQLite too, where Alembic does not count on it
+    )
     with context.begin_transaction():
         context.run_migrations()
 
@@ -19,7 +23,7 @@ def migrate(connection: Connection) -> None:
 async def main() -> None:
     engine = await connect.create_engine()
     try:
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.run_sync(migrate)
     finally:
         await engine.dispose()
