@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from tests.programs import ROOT, Outside
 from tests.tasks_example import ALEMBIC, load_anew
 
-MIGRATIONS = ROOT / "examples/sqlmodel_tasks/migrations"
+MIGRATIONS = (ROOT / "examples/sqlmodel_tasks/migrations/env.py").parent
 HEAD = '''"""{name}."""
 
 from alembic import op

@@ -37,11 +37,11 @@ OTHER = "fastapi-async-sqlalchemy"
 needs_08 = pytest.mark.skipif(
     version(OTHER).startswith("0.7"), reason="0.8, of which the page tells, needs Python 3.12"
 )
-PROGRAMS = ["depends_before", "depends_between", "depends_after"]
+PROGRAMS = ["moving.depends_before", "moving.depends_between", "moving.depends_after"]
 DIARY = "SELECT text FROM diary_entry ORDER BY id"
 
 
-@pytest.fixture(params=[*PROGRAMS, pytest.param("db_before", marks=needs_08)])
+@pytest.fixture(params=[*PROGRAMS, pytest.param("moving.db_before", marks=needs_08)])
 def name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -61,7 +61,7 @@ async def outside(url: str) -> AsyncGenerator[Outside]:
 def load_library(
     url: str, outside: Outside, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Any]:
-    return lambda name: load_program(monkeypatch, f"moving.{name}", DATABASE_URL=url)
+    return lambda name: load_program(monkeypatch, name, DATABASE_URL=url)
 
 
 only_postgresql = pytest.mark.parametrize("url", ["postgresql"], indirect=True)
@@ -258,7 +258,7 @@ async def test_a_4xx_is_committed_if_commit_on_says_so(url: str, outside: Outsid
 async def test_what_the_page_says_of_fastapi_async_sqlalchemy(
     url: str, outside: Outside, load_library: Callable[[str], Any]
 ) -> None:
-    library = load_library("db_before")
+    library = load_library("moving.db_before")
     app: FastAPI = library.app
     db = library.db
     errors: list[str] = []

@@ -22,10 +22,20 @@ from context_async_sqlalchemy.pytest_plugin import shared_session
 __all__ = ["shared_session"]
 
 
-@pytest.fixture(params=["fastapi", "starlette", "asgi", "litestar", "quart", "blacksheep"])
+PROGRAMS = [
+    "examples.integrations.fastapi",
+    "examples.integrations.starlette",
+    "examples.integrations.asgi",
+    "examples.integrations.litestar",
+    "examples.integrations.quart",
+    "examples.integrations.blacksheep",
+]
+
+
+@pytest.fixture(params=PROGRAMS)
 def notes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'notes.db'}")
-    return reload(import_module(f"examples.integrations.{request.param}"))
+    return reload(import_module(request.param))
 
 
 @pytest.fixture
