@@ -1,0 +1,93 @@
+"""A page whose queries run at the same time, each on a connection of its own."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from sqlalchemy import func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import (
+    DBConnect,
+    commit_db_session,
+    db_session,
+    new_db_session_ctx,
+    new_non_ctx_session,
+    run_in_new_ctx,
+)
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///visits.db")
+connect = DBConnect.from_url(DATABASE_URL)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Visit(Base):
+    __tablename__ = "page_visit"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    page: Mapped[str]
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+async def count_visits() -> int:
+    session = await db_session(connect)
+    return await session.scalar(select(func.count(Visit.id))) or 0
+
+
+async def list_pages(limit: int) -> list[str]:
+    session = await db_session(connect)
+    pages = select(Visit.page).group_by(Visit.page).order_by(func.count().desc(), Visit.page)
+    return list(await session.scalars(pages.limit(limit)))
+
+
+@app.get("/dashboard")
+async def dashboard() -> tuple[int, list[str]]:
+    return await asyncio.gather(
+        run_in_new_ctx(count_visits),
+        run_in_new_ctx(list_pages, limit=3),
+    )
+
+
+@app.post("/visits/{page}")
+async def visit(page: str) -> tuple[int, list[str]]:
+    session = await db_session(connect)
+    session.add(Visit(page=page))
+    await commit_db_session(connect)  # the queries see it, and this connection waits for no other
+    return await dashboard()
+
+
+async def count_of(page: str) -> int:
+    async with new_non_ctx_session(connect) as session:
+        query = select(func.count(Visit.id)).where(Visit.page == page)
+        return await session.scalar(query) or 0
+
+
+at_once = asyncio.Semaphore(3)
+
+
+async def count_in_turn(page: str) -> int:
+    async with at_once:
+        return await count_of(page)
+
+
+@app.get("/counts")
+async def counts(pages: str) -> list[int]:
+    return await asyncio.gather(*(count_in_turn(page) for page in pages.split(",")))

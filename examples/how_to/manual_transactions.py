@@ -1,0 +1,84 @@
+"""An order that is durable before it is charged, while no connection is held."""
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import (
+    DBConnect,
+    close_db_session,
+    commit_db_session,
+    db_session,
+    new_db_session_ctx,
+    new_non_ctx_atomic_session,
+)
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///orders.db")
+connect = DBConnect.from_url(DATABASE_URL)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "charged_order"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    article: Mapped[str]
+    state: Mapped[str]
+
+
+class Attempt(Base):
+    __tablename__ = "order_attempt"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    article: Mapped[str]
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+async def charge(article: str) -> str:
+    logging.info("%s is charged", article)  # where a payment service is called
+    return "paid"
+
+
+@app.post("/orders/{article}", status_code=201)
+async def place_order(article: str) -> str:
+    async with new_non_ctx_atomic_session(connect) as audit:
+        audit.add(Attempt(article=article))
+    session = await db_session(connect)
+    order = Order(article=article, state="new")
+    session.add(order)
+    await commit_db_session(connect)  # durable, and the connection is back in the pool
+    order.state = await charge(order.article)
+    return order.state  # the middleware commits the change, in a transaction of its own
+
+
+@app.get("/orders/{order_id}")
+async def show_order(order_id: int) -> str:
+    session = await db_session(connect)
+    order = await session.get_one(Order, order_id)
+    await close_db_session(connect)  # a query opens a transaction, too, and holds a connection
+    return f"{order.article}: {order.state}, {await locate(order.id)}"
+
+
+async def locate(order_id: int) -> str:
+    logging.info("%s is looked for", order_id)  # where a parcel service is called
+    return "on its way"
