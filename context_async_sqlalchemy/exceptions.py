@@ -41,7 +41,8 @@ class ContextAlreadyInitiatedError(RuntimeError):
 class CommitOutcomeUnknownError(RuntimeError):
     """The connection was lost during COMMIT: nobody can know whether it took effect.
 
-    The error of the driver is the cause. Do not repeat the work without looking whether it is done.
+    The cause is SQLAlchemy's `DBAPIError`, with the error of the driver in its `orig`. Do not
+    repeat the work without looking whether it is done.
     """
 
     def __init__(self) -> None:
