@@ -30,6 +30,8 @@ async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # Left to itself, uvicorn imports what it finds for WebSockets, deprecated modules too.
     options.setdefault("ws", "none")
+    # It sets the level of its loggers for the process: a server shall not have that of another.
+    options.setdefault("log_level", "warning")
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

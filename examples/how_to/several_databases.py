@@ -8,10 +8,17 @@ from functools import partial
 
 from fastapi import FastAPI
 from sqlalchemy import ForeignKey, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, on_commit
+from context_async_sqlalchemy import (
+    DBConnect,
+    db_session,
+    new_db_session_ctx,
+    on_commit,
+    run_in_new_ctx,
+)
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///shop.db")
@@ -94,13 +101,23 @@ async def place_order_and_book_it_later(number: int, account: str) -> None:
     session.add(Unbooked(number=number, account=account))
 
 
-async def book() -> int:
-    """Move a batch to the ledger; return how many orders there were."""
+async def book() -> list[int]:
+    """Book the orders that wait; return the numbers of those that the ledger refuses."""
     async with new_db_session_ctx():
-        in_ledger = await db_session(ledger)  # asked for first: committed first
-        in_shop = await db_session(shop)
-        orders = (await in_shop.scalars(select(Unbooked).limit(100).with_for_update())).all()
-        for order in orders:
-            await in_ledger.merge(Entry(number=order.number, account=order.account))
-            await in_shop.delete(order)
-        return len(orders)
+        waiting = (await (await db_session(shop)).scalars(select(Unbooked.number))).all()
+    refused = []
+    for number in waiting:
+        try:
+            await run_in_new_ctx(book_one, number)
+        except IntegrityError:
+            refused.append(number)
+    return refused
+
+
+async def book_one(number: int) -> None:
+    in_ledger = await db_session(ledger)  # asked for first: committed first
+    in_shop = await db_session(shop)
+    order = await in_shop.get(Unbooked, number, with_for_update=True)
+    if order is not None:  # nobody else has booked it meanwhile
+        await in_ledger.merge(Entry(number=number, account=order.account))
+        await in_shop.delete(order)
