@@ -31,8 +31,10 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "lifespan":
         await lifespan(receive, send)
         return
-    await add_note(scope["path"].removeprefix("/notes/"))
-    await send({"type": "http.response.start", "status": 201})
+    is_note = scope["method"] == "POST" and scope["path"].startswith("/notes/")
+    if is_note:
+        await add_note(scope["path"].removeprefix("/notes/"))
+    await send({"type": "http.response.start", "status": 201 if is_note else 404})
     await send({"type": "http.response.body"})
 
 
