@@ -1,0 +1,172 @@
+"""Notes of several tenants, each of whom finds their own: what each transaction is told first."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+
+from fastapi import BackgroundTasks, FastAPI, HTTPException
+from sqlalchemy import Connection, event, func, select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column
+from sqlalchemy.schema import CreateSchema
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://app@127.0.0.1/postgres")
+STATEMENT_TIMEOUT = "5s"
+TENANTS = ("acme", "globex")
+
+tenant: ContextVar[str] = ContextVar("tenant")
+
+
+class TenantSession(Session):
+    """Begins each of its transactions for the tenant."""
+
+
+@event.listens_for(TenantSession, "after_begin")
+def begin_for_tenant(_: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    if not transaction.nested:  # a savepoint has the settings of its transaction
+        settings = text(
+            "SELECT set_config('app.tenant', :tenant, true),"
+            " set_config('statement_timeout', :timeout, true)"
+        )
+        connection.execute(settings, {"tenant": tenant.get(), "timeout": STATEMENT_TIMEOUT})
+
+
+connect = DBConnect.from_url(DATABASE_URL, session_options={"sync_session_class": TenantSession})
+owner = DBConnect.from_url(DATABASE_URL)  # makes the tables, for no tenant
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "tenant_note"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(server_default=text("current_setting('app.tenant')"))
+    body: Mapped[str]
+
+
+@event.listens_for(Note.__table__, "after_create")
+def enable_row_level_security(_: object, connection: Connection, **__: object) -> None:
+    for statement in (
+        "ALTER TABLE tenant_note ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        "CREATE POLICY own ON tenant_note USING (tenant = current_setting('app.tenant'))",
+    ):
+        connection.execute(text(statement))
+
+
+class SchemaSession(Session):
+    """Finds its tables in the schema of the tenant."""
+
+
+@event.listens_for(SchemaSession, "after_begin")
+def use_schema(_: Session, __: SessionTransaction, connection: Connection) -> None:
+    connection.execution_options(schema_translate_map={None: tenant.get()})
+
+
+by_schema = DBConnect.from_url(DATABASE_URL, session_options={"sync_session_class": SchemaSession})
+
+
+class SchemaBase(DeclarativeBase):
+    pass
+
+
+class Invoice(SchemaBase):
+    __tablename__ = "invoice"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+
+
+class TenantMiddleware:
+    """Answer a request for the tenant in its header `X-Tenant`, which a gateway has checked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            name = Headers(scope=scope).get("x-tenant")
+            if name not in TENANTS:
+                await PlainTextResponse("no such tenant", 403)(scope, receive, send)
+                return
+            tenant.set(name)
+        await self.app(scope, receive, send)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect, by_schema, owner:
+        async with new_db_session_ctx():
+            connection = await (await db_session(owner)).connection()
+            await connection.run_sync(Base.metadata.create_all)
+            for name in TENANTS:
+                await connection.execute(CreateSchema(name, if_not_exists=True))
+                await connection.execution_options(schema_translate_map={None: name})
+                await connection.run_sync(SchemaBase.metadata.create_all)
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+app.add_middleware(TenantMiddleware)  # after it, and so around it
+
+
+async def count_notes() -> int:
+    session = await db_session(connect)
+    return await session.scalar(select(func.count(Note.id))) or 0
+
+
+async def note_count() -> None:
+    session = await db_session(connect)
+    session.add(Note(body=f"there are {await count_notes()} notes"))
+
+
+@app.post("/notes/{body}", status_code=201)
+async def add_note(body: str, background: BackgroundTasks) -> None:
+    session = await db_session(connect)
+    session.add(Note(body=body))
+    background.add_task(note_count)  # in a second transaction, for the same tenant
+
+
+@app.get("/notes")
+async def get_notes() -> list[str]:
+    session = await db_session(connect)
+    return list(await session.scalars(select(Note.body).order_by(Note.id)))
+
+
+@app.post("/first/{body}", status_code=201)
+async def add_first_note(body: str) -> None:
+    session = await db_session(connect)
+    await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+    if await count_notes() > 0:
+        raise HTTPException(409)
+    session.add(Note(body=body))
+
+
+@app.get("/report")
+async def report() -> str:
+    session = await db_session(connect)
+    await session.connection(
+        execution_options={"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    )
+    await session.execute(text("SET LOCAL statement_timeout = '60s'"))
+    return f"{await count_notes()} notes"
+
+
+@app.post("/invoices/{number}", status_code=201)
+async def add_invoice(number: int) -> None:
+    session = await db_session(by_schema)
+    session.add(Invoice(number=number))
+
+
+@app.get("/invoices")
+async def get_invoices() -> list[int]:
+    session = await db_session(by_schema)
+    return list(await session.scalars(select(Invoice.number).order_by(Invoice.number)))
