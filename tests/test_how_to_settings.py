@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy import URL, select, text
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -20,10 +20,13 @@ from context_async_sqlalchemy import (
     DBConnect,
     commit_db_session,
     db_session,
+    is_transient_error,
     new_db_session_ctx,
+    new_non_ctx_session,
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from examples.demo import connections_out
 from examples.serving import http_client
 from tests.conftest import Database
 from tests.programs import Outside, until
@@ -84,7 +87,7 @@ async def test_two_tenants_on_one_connection_find_their_own_and_so_does_the_back
             assert (await program.client.post(path, headers=tenant)).status_code == 201
             # The background task goes on after the answer.
             count = 2 * (2 * number + 1 + (tenant is GLOBEX))
-            await until(partial(has_rows, database, count))
+            await until(partial(has_rows_and_rests, program, database, count))
     assert program.connect.pool_status().checked_in == 1
     assert await notes_of(program, ACME) == [
         *("acme-0", "there are 1 notes"),
@@ -95,8 +98,8 @@ async def test_two_tenants_on_one_connection_find_their_own_and_so_does_the_back
     assert len(await notes_of(program, GLOBEX)) == 6
 
 
-async def has_rows(database: Database, count: int) -> bool:
-    return len(await rows(database)) == count
+async def has_rows_and_rests(program: Any, database: Database, count: int) -> bool:
+    return len(await rows(database)) == count and connections_out(program.connect) == 0
 
 
 async def test_concurrent_requests_of_two_tenants_find_their_own(
@@ -112,7 +115,7 @@ async def test_concurrent_requests_of_two_tenants_find_their_own(
 
     await asyncio.gather(*(add_and_look(t, n) for n in range(20) for t in (ACME, GLOBEX)))
 
-    await until(partial(has_rows, database, 80))
+    await until(partial(has_rows_and_rests, program, database, 80))
     for tenant in ACME, GLOBEX:
         counts = [int(b.split()[2]) for b in await notes_of(program, tenant) if "there are" in b]
         assert len(counts) == 20
@@ -129,7 +132,7 @@ async def test_a_row_of_another_tenant_is_refused_and_none_is_changed(
     program: Any, database: Database
 ) -> None:
     assert (await program.client.post("/notes/a", headers=ACME)).status_code == 201
-    await until(partial(has_rows, database, 2))
+    await until(partial(has_rows_and_rests, program, database, 2))
     with pytest.raises(DBAPIError, match="row-level security"):
         async with begin_as(program, "globex"):
             (await db_session(program.connect)).add(program.Note(tenant="acme", body="b"))
@@ -172,6 +175,7 @@ async def test_a_transaction_of_nobody_fails_and_one_without_the_listener_finds_
     program: Any, database: Database
 ) -> None:
     assert (await program.client.post("/notes/a", headers=ACME)).status_code == 201
+    await until(partial(has_rows_and_rests, program, database, 2))
     with pytest.raises(LookupError):
         async with new_db_session_ctx():
             await (await db_session(program.connect)).execute(text("SELECT 1"))
@@ -215,19 +219,38 @@ async def test_at_autocommit_the_settings_are_gone_with_their_own_statement(
         assert await session.scalar(text("SELECT current_setting('app.tenant')")) == ""
 
 
-@pytest.mark.parametrize("is_around", [True, False])
+async def test_a_setting_that_is_not_local_stays_on_the_connection(connect: DBConnect) -> None:
+    look = text("SELECT current_setting('statement_timeout')")
+    for setting, after in (("SET LOCAL", "0"), ("SET", "7s")):
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await session.execute(text(f"{setting} statement_timeout = '7s'"))
+        async with new_db_session_ctx():
+            assert await (await db_session(connect)).scalar(look) == after
+
+
+async def test_a_session_in_no_context_begins_for_the_tenant(program: Any) -> None:
+    program.tenant.set("acme")
+    async with new_non_ctx_session(program.connect) as session:
+        assert await session.scalar(text("SELECT current_setting('app.tenant')")) == "acme"
+
+
+@pytest.mark.parametrize("place", ["around", "inside", "dependency"])
 async def test_the_tenant_is_set_around_a_middleware_that_runs_the_application_in_a_task(
-    program: Any, database: Database, is_around: bool
+    program: Any, database: Database, place: str
 ) -> None:
     async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
 
-    app = FastAPI()
-    if not is_around:
+    async def set_tenant() -> None:
+        program.tenant.set("acme")
+
+    app = FastAPI(dependencies=[Depends(set_tenant)] if place == "dependency" else [])
+    if place == "inside":
         app.add_middleware(program.TenantMiddleware)
     app.middleware("http")(pass_on)
     add_fastapi_http_db_session_middleware(app)
-    if is_around:
+    if place == "around":
         app.add_middleware(program.TenantMiddleware)
 
     @app.post("/notes/{body}")
@@ -236,8 +259,8 @@ async def test_the_tenant_is_set_around_a_middleware_that_runs_the_application_i
 
     async with http_client(app) as client:
         status = (await client.post("/notes/a", headers=ACME)).status_code
-    assert status == (200 if is_around else 500)
-    assert await rows(database) == ([("acme", "a")] if is_around else [])
+    assert status == (200 if place == "around" else 500)
+    assert await rows(database) == ([("acme", "a")] if place == "around" else [])
 
 
 # A schema for each
@@ -280,11 +303,16 @@ async def test_of_two_first_notes_at_once_one_is_stored(
         return found
 
     monkeypatch.setattr(program, "count_notes", count_together)
-    answers = await asyncio.gather(
-        *(program.client.post(f"/first/{name}", headers=ACME) for name in "ab")
+    program.tenant.set("acme")
+    outcomes = await asyncio.gather(
+        *(run_in_new_ctx(program.add_first_note, name) for name in "ab"), return_exceptions=True
     )
-    assert sorted(answer.status_code for answer in answers) == [201, 500]
+    [error] = [outcome for outcome in outcomes if outcome is not None]
+    assert is_transient_error(error)
     assert len(await rows(database)) == 1
+    monkeypatch.undo()
+    assert (await program.client.post("/first/c", headers=ACME)).status_code == 409
+    assert (await program.client.post("/first/c", headers=GLOBEX)).status_code == 201
 
 
 LEVEL = text(
@@ -355,5 +383,8 @@ async def test_a_statement_that_takes_too_long_is_ended_and_that_of_a_report_is_
         report = asyncio.create_task(program.client.get("/report", headers=ACME))
         await until(lambda: database.pid_of("%count(tenant_note%"))
         assert (await program.client.get("/notes", headers=ACME)).status_code == 500
+        with pytest.raises(DBAPIError, match="canceling statement due to statement timeout"):
+            async with begin_as(program, "acme"):
+                await program.get_notes()
         assert not report.done()
     assert (await report).json() == "0 notes"
