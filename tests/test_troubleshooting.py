@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import URL, select, text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InvalidRequestError,
+    MissingGreenlet,
+    PendingRollbackError,
+    StatementError,
+)
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import (
+    ContextNotInitiatedError,
     DBConnect,
     atomic_db_session,
     close_db_session,
@@ -27,7 +37,8 @@ from context_async_sqlalchemy import (
     rollback_db_session,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.asgi_types import Scope
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from examples.demo import connections_out
 from examples.serving import http_client
 from tests.conftest import Database, checked_connect, make_connect
@@ -164,6 +175,20 @@ async def test_the_message_of_sqlite_is_what_is_raised(sqlite_connect: DBConnect
             await run_in_new_ctx(add, hurried, "b")
         await rollback_db_session(hurried)
     assert MESSAGES["database is locked"] in told(raised.value)
+
+
+async def test_what_is_said_on_sqlite_of_an_expired_attribute(sqlite_connect: DBConnect) -> None:
+    said = MESSAGES["MissingGreenlet"].partition(": ")[2]
+    async with new_db_session_ctx():
+        session = await add(sqlite_connect, "a")
+        item = (await session.scalars(select(Item))).one()
+        session.expire(item)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SQLAlchemy leaves a coroutine that nobody awaits
+            # That of SQLAlchemy 2.1; 2.0 has the other one.
+            with pytest.raises((StatementError, MissingGreenlet), match=said):
+                assert item.name
+            gc.collect()
 
 
 def test_every_message_is_provoked() -> None:
@@ -341,3 +366,35 @@ async def test_a_row_is_there_by_an_option(
         async with http_client(app_of(handler, **options)) as client:
             assert (await client.get("/")).status_code == 500
     assert await database.names() == ["a"]
+
+
+# A middleware
+
+
+@pytest.mark.parametrize("is_added_before", [True, False])
+async def test_a_middleware_has_a_context_if_it_is_added_before(
+    connect: DBConnect, is_added_before: bool
+) -> None:
+    errors: list[Exception] = []
+
+    class Asking:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                try:
+                    await db_session(connect)
+                except ContextNotInitiatedError as error:
+                    errors.append(error)
+            await self.app(scope, receive, send)
+
+    app = FastAPI()
+    if is_added_before:
+        app.add_middleware(Asking)
+    add_fastapi_http_db_session_middleware(app)
+    if not is_added_before:
+        app.add_middleware(Asking)
+    async with http_client(app) as client:
+        assert (await client.get("/")).status_code == 404
+    assert bool(errors) is not is_added_before
