@@ -115,7 +115,7 @@ def test_what_a_command_names_exists(page: Path, line: str) -> None:
             assert extras <= set(PROJECT["project"]["optional-dependencies"])
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["uvicorn", name, *_]:
+        case ["uvicorn" | "gunicorn", name, *_]:
             module, _, application = name.partition(":")
             places = [f"examples.{module}"] if page == STARTED else [module]
             assert hasattr(importlib.import_module(places[0]), application)

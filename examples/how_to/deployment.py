@@ -1,0 +1,46 @@
+"""An application that several processes serve, and that is stopped while it works."""
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"),
+    pool_size=4,
+    max_overflow=0,
+    pool_timeout=3,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "order"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    async with connect:
+        await connect.wait_until_ready(attempts=30, delay=1)
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+add_fastapi_http_db_session_middleware(app)
+
+
+@app.post("/orders/{number}", status_code=201)
+async def take_order(number: int) -> dict[str, int]:
+    session = await db_session(connect)
+    session.add(Order(number=number))
+    return {"number": number, "process": os.getpid()}
