@@ -76,9 +76,8 @@ Run: TypeAlias = Callable[[str], AbstractAsyncContextManager[Service]]
 async def run(database: Database, postgresql: str, tmp_path: Path) -> AsyncGenerator[Run]:
     @asynccontextmanager
     async def run(command: str) -> AsyncGenerator[Service]:
-        # gunicorn puts a socket into its home.
-        environment = {"DATABASE_URL": postgresql, "HOME": str(tmp_path)}
-        with running_module(command, tmp_path / "log", **environment) as port:
+        log, home = tmp_path / "log", str(tmp_path)  # gunicorn puts a socket into its home
+        with running_module(command, log, DATABASE_URL=postgresql, HOME=home) as port:
             # A new connection for each request, which any of the processes may accept.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             url = f"http://127.0.0.1:{port}"
@@ -152,11 +151,13 @@ async def test_a_request_is_finished_when_the_server_is_stopped(
 async def test_a_request_that_takes_longer_than_the_server_waits_is_rolled_back(
     command: str, run: Run, database: Database, postgresql: str
 ) -> None:
-    async with run(command) as service:
-        async with request_that_waits(service, database, postgresql) as request:
-            service.master.terminate()
-            with pytest.raises((AssertionError, httpx.TransportError)):
-                await request
+    async with (
+        run(command) as service,
+        request_that_waits(service, database, postgresql) as request,
+    ):
+        service.master.terminate()
+        with pytest.raises((AssertionError, httpx.TransportError)):
+            await request
     assert await database.fetch('SELECT number FROM "order"') == []
 
 
