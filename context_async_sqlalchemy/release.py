@@ -35,16 +35,13 @@ async def close_sessions(sessions: list[AsyncSession]) -> None:
 
     An error is logged: there is nothing left to save.
     """
-    if any(is_in_transaction(session) for session in sessions):
-        await run_to_completion(_close_each(sessions))
-    else:
-        # Nothing is sent to a server then, so that nothing can be torn: spare the task, and the
-        # greenlet of AsyncSession.close(), which is 3 % of a request with one statement.
+    if all(map(_closes_at_once, sessions)):
+        # Nothing can be torn then: spare the task, and the greenlet of AsyncSession.close(), which
+        # is 3 % of a request with one statement.
         for session in sessions:
-            if getattr(type(session), "close", None) is AsyncSession.close:
-                _close_idle(session)
-            else:
-                await _release(session, session.close, "close")
+            _close_at_once(session)
+    else:
+        await run_to_completion(_close_each(sessions))
 
 
 async def wait_until_idle(sessions: list[AsyncSession]) -> None:
@@ -72,7 +69,20 @@ async def _close_each(sessions: list[AsyncSession]) -> None:
         await _release(session, session.close, "close")
 
 
-def _close_idle(session: AsyncSession) -> None:
+def _closes_at_once(session: AsyncSession) -> bool:
+    """Return whether closing this session sends nothing to a server, and so waits for nothing."""
+    sync_session = getattr(session, "sync_session", None)
+    if not isinstance(sync_session, Session) or sync_session.in_transaction():
+        return False
+    # What a user has added to it may send a statement.
+    return (
+        type(session).close is AsyncSession.close
+        and type(sync_session).close is Session.close
+        and not sync_session.dispatch.persistent_to_detached
+    )
+
+
+def _close_at_once(session: AsyncSession) -> None:
     try:
         session.sync_session.close()
     except Exception:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
@@ -21,6 +21,7 @@ from context_async_sqlalchemy import (
     new_non_ctx_session,
     pop_db_session_from_context,
     put_db_session_to_context,
+    reset_db_session_ctx,
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
@@ -195,6 +196,29 @@ async def test_a_session_kept_after_a_block_is_refused(connect: DBConnect) -> No
     with pytest.raises(ContextClosedError, match=HINT):
         await session.execute(text("SELECT 1"))
     assert connections_out(connect) == 0
+
+
+class _ClosingSession(AsyncSession):
+    async def close(self) -> None:
+        await self.execute(text("SELECT 1"))
+        await super().close()
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_a_close_that_sends_a_statement_is_refused_in_a_context_and_logged(
+    database_url: URL, database: Database, caplog: pytest.LogCaptureFixture, is_open: bool
+) -> None:
+    options: Any = {"class_": _ClosingSession}
+    async with DBConnect.from_url(database_url, session_options=options) as connect:
+        token = init_db_session_ctx()
+        if is_open:
+            await (await db_session(connect)).execute(text("SELECT 1"))
+        else:
+            await db_session(connect)
+        await reset_db_session_ctx(token)
+        await assert_clean(connect, database)
+    assert "A database session failed to close" in caplog.text
+    assert "ContextClosedError" in caplog.text
 
 
 async def test_a_session_that_somebody_else_made_is_theirs_again_after_the_context(

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import URL, func, insert, select, text
+from sqlalchemy import URL, event, func, insert, select, text
 from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
@@ -16,6 +16,7 @@ from sqlalchemy.exc import (
     PendingRollbackError,
 )
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy import (
     ContextClosedError,
@@ -520,6 +521,66 @@ async def test_a_session_outside_the_context_is_closed_and_rolled_back(
             await session.flush()
         assert connections_out(connect) == 0
         assert await database.names() == ["a"]
+
+
+class _SyncSession(Session):
+    """Sends a statement as it is closed."""
+
+    def close(self) -> None:
+        self.execute(text("SELECT 1"))
+        super().close()
+
+
+class _AsyncSession(AsyncSession):
+    """Sends a statement as it is closed."""
+
+    async def close(self) -> None:
+        await self.execute(text("SELECT pg_sleep(0)"))
+        await super().close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"sync_session_class": _SyncSession}, {"class_": _AsyncSession}]
+)
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_session_may_send_a_statement_as_it_is_closed(
+    database_url: URL,
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    options: Any,
+    is_cancelled: bool,
+) -> None:
+    async def use(connect: DBConnect) -> None:
+        async with new_non_ctx_session(connect):
+            if is_cancelled:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+
+    async with DBConnect.from_url(database_url, session_options=options) as connect:
+        task = asyncio.create_task(use(connect))
+        await asyncio.wait([task])
+        assert task.cancelled() is is_cancelled
+        assert connections_out(connect) == 0
+    assert caplog.text == ""
+
+
+async def test_a_listener_may_send_a_statement_as_a_session_is_closed(
+    connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[object] = []
+
+    def listen(session: Session, _: object) -> None:
+        heard.append(session.scalar(select(1)))
+
+    async with new_non_ctx_session(connect) as session:
+        event.listen(session.sync_session, "persistent_to_detached", listen)
+        item = Item(name="a")
+        session.add(item)
+        await session.commit()
+    assert heard == [1]
+    assert connections_out(connect) == 0
+    assert caplog.text == ""
 
 
 async def test_an_atomic_session_outside_the_context_commits(
