@@ -107,19 +107,15 @@ class DBSessionContext:
         if token is None:
             return
         self.closed = True
-        if _context.get() is not self:
-            await self._end_forgotten()
         try:
-            _context.reset(token)
-        except ValueError as error:
-            raise RuntimeError(
-                "This database session context was opened in another task (or with another "
-                "contextvars.Context), and has been closed now. Open and end a context in the "
-                "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
-            ) from error
+            if _context.get() is not self:
+                await self._end_forgotten()
         finally:
-            if self.used:
-                await self._end_sessions(with_close)
+            try:
+                _restore(token)
+            finally:
+                if self.used:
+                    await self._end_sessions(with_close)
 
     async def _end_sessions(self, with_close: bool) -> None:
         sessions, self.sessions = self.sessions, []
@@ -133,8 +129,8 @@ class DBSessionContext:
             self.commits.stop()
 
     async def _end_forgotten(self) -> None:
-        inside = _context.get()
-        if inside is None or inside.token is None or inside.token.old_value is not self:
+        inside = next((c for c in contexts_here() if c.token and c.token.old_value is self), None)
+        if inside is None:
             return
         logger.error(
             "A database session context was opened inside another one and never ended; what is "
@@ -152,6 +148,17 @@ def open_context() -> DBSessionContext:
     context = DBSessionContext()
     context.token = _context.set(context)
     return context
+
+
+def _restore(token: Token[DBSessionContext | None]) -> None:
+    try:
+        _context.reset(token)
+    except ValueError as error:
+        raise RuntimeError(
+            "This database session context was opened in another task (or with another "
+            "contextvars.Context), and has been closed now. Open and end a context in the "
+            "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
+        ) from error
 
 
 def current_context() -> DBSessionContext:

@@ -15,8 +15,10 @@ from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,
     ContextClosedError,
     DBConnect,
+    commit_db_session,
     db_session,
     init_db_session_ctx,
+    is_context_initiated,
     new_db_session_ctx,
     new_non_ctx_session,
     pop_db_session_from_context,
@@ -273,6 +275,30 @@ async def test_a_context_opened_by_hand_and_never_ended_is_ended_with_its_reques
     assert "reset_db_session_ctx" in caplog.text
     await assert_clean(connect, database)
     assert await database.names() == []
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_contexts_that_were_never_ended_are_ended_with_the_one_around_them(
+    connect: DBConnect, database: Database, is_cancelled: bool
+) -> None:
+    async def work() -> None:
+        async with new_db_session_ctx():
+            await add(connect, "around")
+            await commit_db_session(connect)
+            for name in ("forgotten", "and the one in it"):
+                init_db_session_ctx(force=True)
+                await add(connect, name)
+            if is_cancelled:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+
+    with suppress(asyncio.CancelledError):
+        await work()
+
+    assert not is_context_initiated()
+    assert connections_out(connect) == 0
+    assert await database.names() == ["around"]
 
 
 async def test_a_server_started_inside_a_context_gives_each_request_its_own(
