@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 from sqlalchemy.exc import InvalidRequestError
@@ -173,17 +174,19 @@ async def create_session(
         endpoint: What it is made for, if that does not ask itself. Default None.
     """
     key = connect.context_key
-    if key in (creating := _creating.get()):
+    creating = _creating.get()
+    if key in creating and creating[key].locked():
         raise RuntimeError(
             f"the before_create_session_handler of {connect!r} asks for the session that is only "
             "made after it: use a connection of its own there"
         )
     # Two tasks may ask first at the same time, and the handler of the connect may really wait.
-    async with context.locks.setdefault(key, asyncio.Lock()):
+    lock = context.locks.setdefault(key, asyncio.Lock())
+    async with lock:
         session: SessionT | None = context.by_key.get(key)
         if session is not None:
             return session
-        token = _creating.set(creating | {key})
+        token = _creating.set({**creating, key: lock})
         try:
             session = await connect.create_session()
         finally:
@@ -198,8 +201,10 @@ async def create_session(
         return session
 
 
-# The connects whose session is being made by this task, or by one that it is a child of.
-_creating: ContextVar[frozenset[str]] = ContextVar("creating", default=frozenset())
+# The locks of the creations that this task is in, or was begun in: such a task may outlive them.
+_creating: ContextVar[Mapping[str, asyncio.Lock]] = ContextVar(
+    "creating", default=MappingProxyType({})
+)
 
 
 @asynccontextmanager

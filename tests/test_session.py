@@ -156,6 +156,31 @@ async def test_a_handler_whose_child_task_asks_for_that_session_is_told_so() -> 
             await db_session(connect)
 
 
+async def test_a_task_that_a_handler_has_begun_may_ask_for_a_session_later() -> None:
+    tasks: list[asyncio.Task[AsyncSession]] = []
+    made = asyncio.Event()
+
+    async def refresh(connect: DBConnect) -> AsyncSession:
+        await made.wait()
+        async with new_db_session_ctx():
+            return await db_session(connect)
+
+    async def handler(connect: DBConnect) -> None:
+        if not tasks:
+            tasks.append(asyncio.create_task(refresh(connect)))
+
+    connect = DBConnect(
+        lambda _: Mock(spec=["dispose"]),
+        lambda _: async_sessionmaker(),
+        host="a",
+        before_create_session_handler=handler,
+    )
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        made.set()
+        assert await tasks[0] is not session
+
+
 @pytest.mark.parametrize("commit", ["session", "function", "atomic", "outside"])
 async def test_a_transaction_with_a_failed_statement_is_not_committed(
     connect: DBConnect, database: Database, commit: str
