@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -103,12 +104,13 @@ class Engines:
             if self.put_by_hand is not None:
                 engines.append(self.put_by_hand)
             place.opened = self.latest = self.put_by_hand = None
-        if engines or self._retiring:
-            await run_to_completion(self._close(engines))
         for loop, other in self._places.elsewhere():
             if other.opened is not None:
-                asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
+                closing = asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
+                closing.add_done_callback(_log_failure)
                 other.opened = None
+        if engines or self._retiring:
+            await run_to_completion(self._close(engines))
 
     @asynccontextmanager
     async def pin(self) -> AsyncGenerator[Opened]:
@@ -163,15 +165,23 @@ class Engines:
 
     async def _make(self, host: str | None) -> Opened:
         engine = await self.make_engine(host)
+        guard(engine)
+        try:
+            session_maker = await self._make_session_maker(engine)
+        except BaseException:
+            self._retire(engine)  # a creator may have used it
+            raise
+        count_connections(engine)
+        return Opened(host, engine, session_maker)
+
+    async def _make_session_maker(self, engine: AsyncEngine) -> SessionMaker:
         session_maker: Any = await _result_of(self._session_maker_creator(engine))
         if not callable(session_maker):
             raise TypeError(
                 "session_maker_creator must return an async_sessionmaker, "
                 f"not {type(session_maker).__name__}"
             )
-        guard(engine)
-        count_connections(engine)
-        return Opened(host, engine, session_maker)
+        return session_maker  # type: ignore[no-any-return]  # duck-typed, too
 
     def _put(self, place: _Place, opened: Opened) -> asyncio.Task[None] | None:
         """Put an engine in the place of another one; return what closes that."""
@@ -182,21 +192,25 @@ class Engines:
         is_mock = not isinstance(getattr(retired.engine, "sync_engine", None), Engine)
         if is_mock and retired.engine is opened.engine:
             return None
-        task = asyncio.create_task(close_engine(retired.engine))
-        self._retiring.add(task)
-        task.add_done_callback(self._end_retiring)
-        return task
+        return self._retire(retired.engine)
 
-    def _end_retiring(self, task: asyncio.Task[None]) -> None:
-        self._retiring.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("An engine that was replaced failed to close", exc_info=error)
+    def _retire(self, engine: AsyncEngine) -> asyncio.Task[None]:
+        task = asyncio.create_task(close_engine(engine))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        task.add_done_callback(_log_failure)
+        return task
 
 
 async def close_engine(engine: AsyncEngine) -> None:
     """Close the connections of an engine: the idle ones now, the others as they come back."""
     await retire(engine)
     await finish_closing(engine)
+
+
+def _log_failure(closing: asyncio.Task[None] | Future[None]) -> None:
+    if not closing.cancelled() and (error := closing.exception()) is not None:
+        logger.warning("An engine that is not used any more failed to close", exc_info=error)
 
 
 async def _wait_a_moment(retiring: asyncio.Task[None] | None) -> None:

@@ -400,6 +400,37 @@ async def test_a_creator_that_fails_or_is_cancelled_leaves_nobody_stuck(
     assert calls == 2
 
 
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "returns the wrong thing"])
+async def test_an_engine_without_a_sessionmaker_leaves_no_connection(
+    database_url: URL, database: Database, how: str
+) -> None:
+    engines: list[AsyncEngine] = []  # so that it is not the garbage collector that closes them
+    used = asyncio.Event()
+
+    def engine_creator(_: str) -> AsyncEngine:
+        engines.append(create_async_engine(database_url))
+        return engines[-1]
+
+    async def session_maker_creator(engine: AsyncEngine) -> Any:
+        async with engine.connect() as connection:
+            await connection.execute(select(1))
+        used.set()
+        if how == "fails":
+            raise OSError("no such file")
+        if how == "is cancelled":
+            await asyncio.Event().wait()
+
+    connect = DBConnect(engine_creator, session_maker_creator, host="a")
+    making = asyncio.create_task(connect.create_session())
+    await used.wait()
+    if how == "is cancelled":
+        making.cancel()
+    with pytest.raises((OSError, asyncio.CancelledError, TypeError)):
+        await making
+    await connect.close()
+    await database.is_left_by_all()
+
+
 async def test_close_waits_for_an_engine_that_is_being_made(creators: Creators) -> None:
     release = asyncio.Event()
 
@@ -593,3 +624,28 @@ async def test_an_engine_that_fails_to_close_is_logged_and_the_next_one_serves(
     with pytest.raises(OSError, match="no route either"):
         await connect.close()
     assert connect.engine is None
+
+
+async def test_engines_of_two_loops_that_fail_to_close_are_both_heard_of(
+    creators: Creators, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    closed, made = threading.Event(), threading.Event()
+
+    async def there() -> None:
+        await connect.create_session()
+        creators.engines["a"][0].dispose.side_effect = OSError("no route there")
+        made.set()
+        await asyncio.to_thread(closed.wait, 10)
+
+    thread = asyncio.create_task(asyncio.to_thread(asyncio.run, there()))
+    await asyncio.to_thread(made.wait, 10)
+    await connect.create_session()
+    creators.engines["a"][1].dispose.side_effect = OSError("no route here")
+    with pytest.raises(OSError, match="no route here"):
+        await connect.close()
+    async with asyncio.timeout(10):
+        while "no route there" not in caplog.text:
+            await asyncio.sleep(0.001)
+    closed.set()
+    await thread
