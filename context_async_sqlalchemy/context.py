@@ -82,7 +82,8 @@ class DBSessionContext:
     def pop(self, context_key: str) -> AsyncSession | None:
         """Take out the session of a connect, which is the caller's then."""
         session: AsyncSession | None = self.by_key.pop(context_key, None)
-        if session is not None and session not in self.by_key.values():
+        # One that commits by itself, as `DBSessionDependency` may make it, is in no list.
+        if session is not None and session not in self.by_key.values() and session in self.sessions:
             self.sessions.remove(session)
             if session in self.made:
                 self.made.remove(session)

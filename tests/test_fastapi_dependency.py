@@ -17,7 +17,13 @@ from sqlalchemy import URL, insert, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy import DBConnect, commit_after_response, db_session, on_commit
+from context_async_sqlalchemy import (
+    DBConnect,
+    commit_after_response,
+    db_session,
+    on_commit,
+    pop_db_session_from_context,
+)
 from context_async_sqlalchemy.fastapi_utils import (
     DBSessionDependency,
     add_fastapi_http_db_session_middleware,
@@ -552,3 +558,17 @@ async def test_a_websocket_is_told_what_to_do(connect: DBConnect) -> None:
     scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "app": app}
     with pytest.raises(RuntimeError, match="new_db_session_ctx"):
         await app(scope, receive, send)
+
+
+async def test_a_session_that_the_application_settles_can_be_popped(
+    connect: DBConnect, database: Database
+) -> None:
+    app = FastAPI()
+    dependency = DBSessionDependency(connect, manage_transactions=False)
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> bool:
+        return pop_db_session_from_context(connect) is session
+
+    async with http_client(app) as client:
+        assert (await client.post("/")).json() is True
