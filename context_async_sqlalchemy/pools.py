@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Engine, Pool, PoolProxiedConnection, QueuePool, event
+from sqlalchemy import Dialect, Engine, Pool, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -44,7 +44,7 @@ def pool_status(engine: AsyncEngine) -> PoolStatus:
     if not isinstance(pool, Pool):  # users' tests pass mocks
         return PoolStatus()
     if not isinstance(pool, QueuePool):  # NullPool and its like count nothing themselves
-        count = _counts.get(engine.sync_engine)
+        count = _counts.get(engine.dialect)
         return PoolStatus(checked_out=count.checked_out if count is not None else 0)
     size, limit = pool.size(), pool._max_overflow
     idle = _idle_of(engine)
@@ -63,8 +63,8 @@ def count_connections(engine: AsyncEngine) -> None:
     sync_engine = getattr(engine, "sync_engine", None)
     if not isinstance(sync_engine, Engine):
         return  # users' tests pass mocks
-    if not isinstance(sync_engine.pool, QueuePool) and sync_engine not in _counts:
-        _counts[sync_engine] = _Count(sync_engine)
+    if not isinstance(sync_engine.pool, QueuePool) and sync_engine.dialect not in _counts:
+        _counts[sync_engine.dialect] = _Count(sync_engine)
 
 
 def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -> None:
@@ -175,4 +175,5 @@ class _IdleConnections:
             logger.warning("An idle connection failed to close", exc_info=True)
 
 
-_counts: WeakKeyDictionary[Engine, _Count] = WeakKeyDictionary()
+# By the dialect, which the copies share that Engine.execution_options() makes, as they do the pool.
+_counts: WeakKeyDictionary[Dialect, _Count] = WeakKeyDictionary()

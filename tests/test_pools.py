@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, NullPool, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, PoolStatus, new_non_ctx_session
 from tests.conftest import Database
@@ -200,3 +200,16 @@ async def test_a_detached_connection_is_in_use_no_longer(database_url: URL) -> N
         assert connect.pool_status().checked_out == 0
         assert driver is not None
         await driver.close()
+
+
+async def test_the_copies_of_an_engine_are_counted_together(database_url: URL) -> None:
+    base = create_async_engine(database_url, poolclass=NullPool)
+    connect = DBConnect(
+        lambda _: base.execution_options(compiled_cache=None), async_sessionmaker, host="a"
+    )
+    async with connect:
+        async with in_use(connect, 1):
+            await connect.connect("b")
+            gc.collect()  # the copy that is used no longer
+            assert connect.pool_status().checked_out == 1
+        assert connect.pool_status().checked_out == 0
