@@ -224,6 +224,7 @@ async def test_a_rebooted_pool_loses_no_request_to_a_hot_connection(
             "postgresql://db/shop?user=app&password=***",
         ),
         ("host=db password=hunter2", "host=db password=***"),
+        (r"host=db PASSWORD = 'hun\'ter 2' user=app", "host=db PASSWORD = *** user=app"),
         ("no password for user app", "no password for user app"),
     ],
 )
