@@ -22,6 +22,7 @@ from context_async_sqlalchemy.retry import Retrying, may_be_repeated
 from context_async_sqlalchemy.settling_send import SettlingSend
 
 _SCOPE_KEY = "context_async_sqlalchemy"
+_ENDS_THE_TASK = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -148,7 +149,7 @@ class ASGIHTTPDBSessionMiddleware:
         try:
             await self.app(scope, receive, settling)
         except BaseException as error:
-            if settling.held and not isinstance(error, asyncio.CancelledError):
+            if settling.held and not isinstance(error, _ENDS_THE_TASK):
                 return settling.failure
             if settling.started or not isinstance(error, Exception):
                 raise

@@ -620,6 +620,22 @@ async def test_the_background_work_of_an_answer_that_is_not_sent_is_not_done(
     assert done == [3]
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+async def test_the_end_of_the_process_is_not_tried_again(end: type[BaseException]) -> None:
+    fail = Failing(99)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            fail()
+        except ConflictError:
+            await send({"type": "http.response.start", "status": 503, "headers": []})
+            raise end from None
+
+    with pytest.raises(end):
+        await call(ASGIHTTPDBSessionMiddleware(app, attempts=3))
+    assert fail.calls == 1
+
+
 async def test_a_dictionary_of_a_class_of_its_own_is_restored_too() -> None:
     class Session(dict[str, str]):
         pass
