@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy.guards import guard, retire
 from context_async_sqlalchemy.loops import PerLoop
@@ -43,7 +44,8 @@ class Engines:
     """The engines of a connect.
 
     Attributes:
-        host: The host to talk to.
+        host: The host to talk to; None if none was given yet, or its URL says it.
+        needs_host: Whether its creator needs one.
         latest: The engine that was opened last, whose connections nobody has closed.
         put_by_hand: An engine that somebody else made; it is closed with the others.
     """
@@ -54,7 +56,12 @@ class Engines:
         session_maker_creator: Callable[[AsyncEngine], Awaitable[SessionMaker] | SessionMaker],
         host: str | None,
     ) -> None:
+        check_callable("engine_creator", engine_creator)
+        check_callable("session_maker_creator", session_maker_creator)
+        if host is not None:
+            _check_host(host)
         self.host = host
+        self.needs_host = True
         self.latest: Opened | None = None
         self.put_by_hand: AsyncEngine | None = None
         self._engine_creator = engine_creator
@@ -81,6 +88,7 @@ class Engines:
 
     async def switch(self, host: str, *, anew: bool) -> None:
         """Talk to `host` from now on, with a new engine even if it is the host already."""
+        _check_host(host)
         if self._pinned is not None:
             self.host = host
             return
@@ -160,7 +168,11 @@ class Engines:
 
     async def make_engine(self, host: str | None) -> AsyncEngine:
         """Make an engine that belongs to the caller."""
-        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: its URL has none
+        if host is not None:
+            _check_host(host)
+        elif self.needs_host:
+            raise ValueError("host is not set")
+        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: that of its URL
         return _check_engine(await _result_of(made))
 
     async def _make(self, host: str | None) -> Opened:
@@ -176,7 +188,7 @@ class Engines:
 
     async def _make_session_maker(self, engine: AsyncEngine) -> SessionMaker:
         session_maker: Any = await _result_of(self._session_maker_creator(engine))
-        if not callable(session_maker):
+        if isinstance(session_maker, sessionmaker) or not callable(session_maker):
             raise TypeError(
                 "session_maker_creator must return an async_sessionmaker, "
                 f"not {type(session_maker).__name__}"
@@ -230,3 +242,14 @@ def _check_engine(engine: Any) -> AsyncEngine:
             "make it with create_async_engine()"
         )
     return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called, before it is called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
+
+
+def _check_host(host: str) -> None:
+    if not host:
+        raise ValueError("host must not be empty")

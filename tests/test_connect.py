@@ -318,7 +318,7 @@ async def test_an_engine_creator_that_returns_the_wrong_thing_is_refused(
     ("session_maker_creator", "message"),
     [
         (lambda _: None, "must return an async_sessionmaker, not NoneType"),
-        (lambda _: sessionmaker(), "makes sync sessions"),
+        (lambda _: sessionmaker(), "must return an async_sessionmaker, not sessionmaker"),
         (_coroutine, "must return an async_sessionmaker, not NoneType"),
     ],
 )
