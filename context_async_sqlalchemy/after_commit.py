@@ -1,4 +1,4 @@
-"""What runs once a transaction has really been committed."""
+"""Callbacks that are called once a transaction has really been committed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from context_async_sqlalchemy.shield import logger
 
 
 def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | object]) -> None:
-    """Call something once the open transaction of the context's session is committed.
+    """Call a function once the open transaction of the context's session is committed.
 
-    Whoever commits it, waits for the callback, which finds the connection given back and a context
-    of its own: what it writes through `db_session` is another transaction. It is not called if the
-    transaction is rolled back, or the savepoint that is open now, or if nobody can know whether it
-    was committed. If no transaction is open, the callback waits for the next one; if none comes, it
-    is called when the context itself ends well.
+    The commit waits for the callback, which runs when the connection is back in the pool, in a
+    context of its own: what it writes through `db_session` is another transaction. It is not called
+    if the transaction, or the savepoint that is open now, is rolled back, or if nobody can know
+    whether it was committed. If no transaction is open, the callback waits for the next one; if
+    none comes, it is called when the context is settled with a commit.
 
         on_commit(connect, partial(send_welcome_mail, user.email))
 
-    Callbacks are called in order. One that fails is logged, and stops neither the others nor the
+    Callbacks are called in order. The error of one is logged, and stops neither the others nor the
     response. A cancellation waits until all have been called.
 
     Args:
@@ -48,14 +48,14 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
 
     async def run() -> None:
         try:
-            # A test looks at what the callback writes, and undoes it.
+            # In a test's context: the test looks at what the callback writes, and undoes it.
             async with nullcontext() if is_test_context() else new_db_session_ctx():
                 result = callback()
                 if inspect.isawaitable(result):
                     await result
         except (Exception, asyncio.CancelledError):
             logger.exception("A callback of on_commit failed: %s", _name(callback))
-            # It may have kept the session, whose transaction had just ended.
+            # It may have begun a transaction on the session that was just committed.
             session = context.by_key.get(key)
             if session is not None and is_in_transaction(session):
                 await rollback_sessions([session])
@@ -64,6 +64,6 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
 
 
 def _name(callback: object) -> str:
-    # Not its repr: that of a partial shows the arguments, which may be secret.
+    # Not its repr: a partial's shows the arguments, which may be secret.
     function = getattr(callback, "func", callback)
     return getattr(function, "__qualname__", type(function).__name__)

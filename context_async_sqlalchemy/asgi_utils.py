@@ -39,11 +39,11 @@ class ASGIHTTPDBSessionMiddleware:
 
     With `attempts`, a request that fails with a transient error (`is_transient_error`) before
     anything was sent is rolled back, and the application called again with the same scope and body,
-    after a pause that `stamina` chooses (install the extra "retry"). It is so even if an exception
-    handler of the application answers the error (from within `except`, as Starlette calls them);
-    the answer to the last attempt is sent. Not repeated is a request whose body is larger than
-    `replay_body_limit`, whose client has left, or of which a part has been committed or may have
-    been.
+    after a pause that `stamina` chooses (install the extra "retry"). This holds even if an
+    exception handler of the application answers the error (from within `except`, as in Starlette):
+    only the answer to the last attempt is sent. A request is not repeated if its body is larger
+    than `replay_body_limit`, if its client has left, or if a part of its work is committed or may
+    be.
 
     Args:
         app: The ASGI application.
@@ -113,7 +113,7 @@ class ASGIHTTPDBSessionMiddleware:
         """Call the application until an attempt does not fail, or may not be repeated."""
         request = ReplayableRequest(scope, receive, self.replay_body_limit)
         failure: Exception | None = None
-        outer = sys.exception()  # which somebody handles by calling this application
+        outer = sys.exception()  # being handled by the code that calls this application
 
         def is_repeatable(error: Exception) -> bool:
             if settling.sent or error is outer or not may_be_repeated(error, settling.context):
@@ -136,7 +136,7 @@ class ASGIHTTPDBSessionMiddleware:
                     settling.is_repeatable = None if is_last else is_repeatable
                     failure = await self._call(scope, request.receive, settling)
                     if failure is not None:
-                        # The pause before the next attempt is no time to hold a connection.
+                        # No connection is held in the pause before the next attempt.
                         await settle(settling.context, commit=False)
                         raise failure
         finally:
@@ -145,7 +145,7 @@ class ASGIHTTPDBSessionMiddleware:
     async def _call(
         self, scope: Scope, receive: Receive, settling: SettlingSend
     ) -> Exception | None:
-        """Call the application; return the error that has kept it from sending anything."""
+        """Call the application; return the error because of which it has sent nothing."""
         try:
             await self.app(scope, receive, settling)
         except BaseException as error:
@@ -159,12 +159,12 @@ class ASGIHTTPDBSessionMiddleware:
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Answer a request whose commit failed with `failure`; here: raise it."""
+        """Answer a request whose commit failed with `failure`. This class raises it."""
         raise failure
 
 
 class MiddlewareOptions(TypedDict, total=False):
-    """What `ASGIHTTPDBSessionMiddleware` takes, but for the application and `before_commit`."""
+    """The options of `ASGIHTTPDBSessionMiddleware`, without `app` and `before_commit`."""
 
     commit_on: Callable[[int], bool]
     attempts: int
@@ -172,11 +172,11 @@ class MiddlewareOptions(TypedDict, total=False):
 
 
 def has_context(scope: Scope) -> bool:
-    """Return whether a request takes part in a context that is there already.
+    """Return whether a request takes part in a context that is open already.
 
-    That is one opened by an outer middleware for the same request, or by a test. A context that is
-    merely inherited is another client's: uvicorn starts a pipelined request from inside the task
-    of the one before it.
+    It does if an outer middleware opened the context for the same request, or a test did. A context
+    that is merely inherited is another client's: uvicorn starts a pipelined request from inside the
+    task of the one before it.
     """
     context = scope.get(_SCOPE_KEY)
     return (context is not None and not context.closed) or is_test_context()
@@ -186,6 +186,6 @@ def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
     context = scope[_SCOPE_KEY] = open_context()
     context.loop = asyncio.get_running_loop()
-    # Not the scope, which points at the context: only the garbage collector would end the two.
+    # Not the scope: it refers to the context, and would make a reference cycle with it.
     context.request = scope.get("method", ""), scope.get("path", "")
     return context

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy.commits import is_awaited
 from context_async_sqlalchemy.context import DBSessionContext, current_context
 from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
-from context_async_sqlalchemy.guards import is_in_use
+from context_async_sqlalchemy.guards import is_in_use, says_connection_is_lost
 from context_async_sqlalchemy.release import close_sessions, rollback_sessions
 from context_async_sqlalchemy.shield import run_to_completion
 
@@ -39,8 +39,8 @@ async def auto_commit_by_status_code(
 async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None) -> None:
     """Commit every open transaction of the context, in the order the sessions were made.
 
-    With more than one, all are flushed before any is committed. If a step fails, what is not
-    committed is rolled back, and a note on the error names what had been.
+    If there are several, all are flushed before any is committed. If a step fails, what is not
+    committed is rolled back, and a note on the error names what is committed.
 
     Args:
         before_commit: Called with each session that is about to be committed. Default None.
@@ -81,10 +81,10 @@ async def close_all_sessions() -> None:
 def commit_after_response() -> None:
     """Settle the context of this request when the application has returned, not before.
 
-    For a body that reads a server-side cursor which the handler opened. Given up for it: the client
-    may be told of a success that then fails to commit, and the connection is held until the last
-    byte is sent (and until the background tasks have ended). The status still decides between
-    commit and rollback. In a context that is not a request's it changes nothing.
+    For a body that reads a server-side cursor which the handler opened. The price: the client may
+    be told of a success that then fails to commit, and the connection is held until the last byte
+    is sent and the background tasks have ended. The status still decides between commit and
+    rollback. Outside of a request this does nothing.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
@@ -94,7 +94,7 @@ def commit_after_response() -> None:
 
 
 def is_success(status_code: int) -> bool:
-    """Return whether a response with this status is committed by default: if it is below 400."""
+    """Return whether a request with this status is committed by default: below 400."""
     return status_code < 400
 
 
@@ -143,7 +143,7 @@ async def commit_session(session: AsyncSession) -> None:
     """
     try:
         if is_awaited(session):
-            # Whoever is cancelled during COMMIT would not know whether to run what waits for it.
+            # Cancelled during COMMIT, nobody would know whether to run what waits for it.
             await run_to_completion(session.commit())
         else:
             await session.commit()
@@ -159,10 +159,8 @@ def is_outcome_unknown(error: DBAPIError) -> bool:
         # A statement of the flush failed; or the driver saw that the connection was closed
         # already, and sent nothing.
         return False
-    # The server's last word may come before the end of the connection is noticed: SQLSTATE class 08
-    # is a connection exception, 57P01 and 57P02 are shutdowns.
-    sqlstate = getattr(error.orig, "sqlstate", None) or ""
-    return error.connection_invalidated or sqlstate.startswith(("08", "57P01", "57P02"))
+    # The server may say so before the driver notices the end of the connection.
+    return error.connection_invalidated or says_connection_is_lost(error.orig)
 
 
 async def _settle(
@@ -193,8 +191,8 @@ async def _commit(
             # A cancellation between two commits would leave one database without the other.
             await run_to_completion(_commit_each(context, committed))
         else:
-            # Nothing can be torn here: spare the task. Whoever is cancelled during its only COMMIT
-            # has told nobody that it succeeded, and SQLAlchemy discards the connection.
+            # Nothing can be torn here: spare the task. If the only COMMIT is cancelled, nobody was
+            # told that it succeeded, and SQLAlchemy discards the connection.
             await _commit_each(context, committed)
     except BaseException as error:
         _explain(error)
@@ -206,7 +204,7 @@ async def _commit(
 
 
 async def _flush(sessions: list[AsyncSession]) -> None:
-    # What can fail shall fail before anything is durable. A single session flushes as it commits.
+    # What can fail should fail before anything is durable. A single session flushes as it commits.
     if len(sessions) > 1:
         for session in sessions:
             await session.flush()

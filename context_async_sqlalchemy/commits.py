@@ -1,4 +1,4 @@
-"""The commits of a context, watched: what was made durable, and what is to run then."""
+"""The commits of a context, watched: whether work is durable, and what to run after them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from context_async_sqlalchemy.guards import connections_of, note_commits
 from context_async_sqlalchemy.shield import run_to_completion
 
 Run: TypeAlias = Callable[[], Awaitable[None]]
-"""What runs after a commit; does not raise."""
+"""Runs after a commit; does not raise."""
 
 
 @dataclass
 class _Waiting:
-    """What runs once a transaction, or the next one of a connect, is committed."""
+    """A call that waits for the commit of a transaction; None: the next one of the connect."""
 
     run: Run
     context_key: str
@@ -34,8 +34,8 @@ class CommitWatch:
     """Watches the transactions of a context's sessions.
 
     Attributes:
-        durable: Whether a part of the work is durable, or nobody can know: a COMMIT was sent that
-            was not refused, or a callback has run.
+        durable: Whether a part of the work is durable, or may be: a COMMIT was sent and not
+            refused, or a callback has run.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class CommitWatch:
             return  # users' tests pass mocks
         if sync_session not in self._keys:
             if _is_committed(sync_session.get_transaction()):
-                return  # called by a listener: SQLAlchemy takes no other one just now
+                return  # called by a listener: SQLAlchemy accepts no other one just now
             for name, listener in self._listeners():
                 event.listen(sync_session, name, listener)
             for connection in connections_of(session):
@@ -61,7 +61,7 @@ class CommitWatch:
         self._keys[sync_session] = context_key
 
     def stop(self) -> None:
-        """Watch no longer those sessions for which nothing waits."""
+        """Stop watching the sessions, but for those whose commit something still waits for."""
         awaited = {w.transaction.session for w in self._waiting if w.transaction is not None}
         for session in self._keys.keys() - awaited:
             del self._keys[session]
@@ -69,9 +69,9 @@ class CommitWatch:
                 event.remove(session, name, listener)
 
     def after_commit(self, context_key: str, session: AsyncSession | None, run: Run) -> None:
-        """Run something once the transaction that is open now is committed, or else the next one.
+        """Call `run` once the open transaction is committed; without one, after the next one.
 
-        Should none begin until the context is settled, that counts as the commit.
+        If none begins before the context is settled, the settling counts as the commit.
         """
         sync_session = getattr(session, "sync_session", None)
         transaction = None
@@ -84,8 +84,8 @@ class CommitWatch:
 
     @contextmanager
     def hold(self) -> Generator[None]:
-        """Let what becomes ready wait for `run`."""
-        # Between the commits of several databases it would widen the gap.
+        """Let what becomes ready in this block wait until `run` is called."""
+        # Run between the commits of several databases, it would widen the gap between them.
         self._is_holding = True
         try:
             yield
@@ -132,7 +132,8 @@ class CommitWatch:
             self.durable = True
 
     def _on_end(self, _: Session, transaction: SessionTransaction) -> None:
-        # Not before its end, when the connection is given back.
+        # What is ready runs at the end of the transaction, not in its commit: only then the
+        # connection is back in the pool.
         if transaction not in self._committing:
             self._drop(transaction)
             return
@@ -153,7 +154,7 @@ class CommitWatch:
 
 
 def is_awaited(session: AsyncSession) -> bool:
-    """Return whether something may wait for the commit of this session."""
+    """Return whether something may be waiting for the commit of this session."""
     return getattr(session, "sync_session", None) in _awaited
 
 
@@ -164,7 +165,7 @@ def _is_committed(transaction: SessionTransaction | None) -> bool:
 def _enclosing(transaction: SessionTransaction) -> SessionTransaction | None:
     parent = transaction.parent
     while parent is not None and not parent.nested and parent.parent is not None:
-        parent = parent.parent  # that of a flush, which ends by itself
+        parent = parent.parent  # the transaction of a flush, which ends by itself
     return parent
 
 

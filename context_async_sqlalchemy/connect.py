@@ -28,24 +28,23 @@ class DBConnect(Generic[SessionT_co]):
     """One database as the application sees it.
 
     Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
-    event loop that made it; on another loop the connect makes itself another one. It can be closed
-    by `async with`.
+    event loop that made it; on another loop the connect makes another one. `async with` closes it.
 
     Args:
-        engine_creator: Called with the host; returns the `AsyncEngine` for it, or something to
-            await for it, as an async function does that fetches an access token.
-        session_maker_creator: Called with that engine; returns its `async_sessionmaker`, or
-            something to await for it.
+        engine_creator: Called with the host; returns the `AsyncEngine` for it. May be an async
+            function, such as one that fetches an access token.
+        session_maker_creator: Called with that engine; returns its `async_sessionmaker`. May be an
+            async function.
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
         before_create_session_handler: Awaited with this connect before each session is made; may
             call `change_host`. Default None.
         leak_detection_threshold: Log a warning when the session of a context holds a connection for
-            longer than this, in seconds. It names the request, and the line that asked for the
-            session. Default None: do not watch.
+            longer than this, in seconds. The warning names the request, and the line that asked for
+            the session. Default None: do not watch.
 
     Attributes:
         context_key: The key of this connect's session in a context; unique in the process.
-        leak_detection_threshold: As it was given.
+        leak_detection_threshold: The argument.
 
     Raises:
         TypeError: If a creator or the handler is not callable.
@@ -97,24 +96,23 @@ class DBConnect(Generic[SessionT_co]):
         Args:
             url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`)
                 gets asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy.
-            password: The password as it is, with nothing percent-encoded. Default None: that of the
-                URL.
-            before_create_session_handler: As of `DBConnect`. Its `change_host` replaces the host of
-                the URL, and the port, if it is given as "host:port". Default None.
+            password: The password, not percent-encoded. Default None: the one in the URL.
+            before_create_session_handler: As for `DBConnect`. `change_host` replaces the host of
+                the URL, and with "host:port" its port. Default None.
             session_options: What `async_sessionmaker` takes, such as a `class_` of your own;
                 `expire_on_commit` is False unless it is given here. Default None.
-            ping_after_idle: With `pool_pre_ping=True`, ping a connection only when it has lain in
-                the pool for longer than this, in seconds. Default 1.
-            idle_timeout: Close a connection that has lain in the pool for longer than this, in
-                seconds. The pool then hands out the one that was used last. Default None: never.
-            min_idle: How many connections `idle_timeout` leaves in the pool. Default 0.
-            leak_detection_threshold: As of `DBConnect`, in seconds. Default None: do not watch.
+            ping_after_idle: With `pool_pre_ping=True`, ping a connection only if it was idle for
+                longer than this, in seconds. Default 1.
+            idle_timeout: Close a connection that was idle for longer than this, in seconds. The
+                pool then hands out the one that was used last. Default None: never.
+            min_idle: How many idle connections `idle_timeout` leaves open. Default 0.
+            leak_detection_threshold: As for `DBConnect`, in seconds. Default None: do not watch.
             **engine_options: Of `sqlalchemy.create_engine()`, with its defaults: `pool_size`,
                 `max_overflow`, `pool_timeout`, `pool_recycle`, `pool_pre_ping`, `isolation_level`,
                 `connect_args`, `echo`, and so on.
 
         Raises:
-            TypeError: If an option is not known, or of the wrong type.
+            TypeError: If an option is unknown, or of the wrong type.
             ValueError: If the URL cannot be read, its driver is not async, or an option is invalid.
         """
         creators = creators_from_url(
@@ -152,10 +150,10 @@ class DBConnect(Generic[SessionT_co]):
         return self._engines.here()
 
     async def connect(self, host: str) -> None:
-        """Make the engine for `host` and put it in the place of the one in use.
+        """Replace the engine in use by a new one for `host`.
 
-        Sessions in flight finish on the engine they began with; its connections are closed as they
-        come back. If a creator fails, the engine in use stays.
+        Sessions in flight finish on the old engine; its connections are closed as they come back.
+        If a creator fails, the old engine stays in use.
 
         Args:
             host: The host to talk to from now on.
@@ -169,7 +167,7 @@ class DBConnect(Generic[SessionT_co]):
     async def change_host(self, host: str) -> None:
         """Switch to `host` as `connect` does; do nothing if it is the host already.
 
-        Several calls at the same time make one engine.
+        Concurrent calls make one engine.
 
         Args:
             host: The host to talk to from now on.
@@ -185,16 +183,16 @@ class DBConnect(Generic[SessionT_co]):
         """Make an engine that belongs to the caller, who disposes of it.
 
         Args:
-            host: The host to talk to. Default None: that of new sessions, if there is one.
+            host: The host to talk to. Default None: the host of new sessions.
 
         Raises:
             TypeError: If the creator returns something that cannot be used.
-            ValueError: If `host` is empty, or there is none.
+            ValueError: If `host` is empty, or there is no host.
         """
         return await self._engines.make_engine(host if host is not None else self.host)
 
     async def create_session(self) -> SessionT_co:
-        """Make a session that belongs to the caller, in no context.
+        """Make a session that belongs to the caller, not to a context.
 
         Raises:
             TypeError: If a creator returns something that cannot be used.
@@ -214,14 +212,14 @@ class DBConnect(Generic[SessionT_co]):
         return (await self._engines.get()).session_maker
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
-        """Ask the database for an answer, on a session of its own.
+        """Send the database SELECT 1, on a session of its own.
 
         Args:
-            timeout: The seconds to wait for it, a free connection included. Default 5.
+            timeout: The seconds to wait for a free connection and the answer. Default 5.
 
         Raises:
             TimeoutError: If there is no answer in time.
-            Exception: What SQLAlchemy or the driver raise, if the database cannot be reached.
+            Exception: What SQLAlchemy or the driver raises if the database cannot be reached.
         """
         async with asyncio.timeout(timeout):
             await self._execute(select(1))
@@ -229,13 +227,12 @@ class DBConnect(Generic[SessionT_co]):
     async def wait_until_ready(
         self, statement: Select[Any] | None = None, attempts: int = 5, delay: float = 2.0
     ) -> None:
-        """Wait for a database, a network or a proxy that is not up yet when a process starts.
+        """Wait until the database answers, for a process that may start before it.
 
         Each failure is logged, without the password.
 
         Args:
-            statement: Run with `.limit(1)`, to see whether its tables are there too. Default None:
-                SELECT 1.
+            statement: Run with `.limit(1)`, to see if its tables exist. Default None: SELECT 1.
             attempts: How often to try at most. Default 5.
             delay: The seconds between two attempts. Default 2.
 
@@ -267,11 +264,11 @@ class DBConnect(Generic[SessionT_co]):
                 return
 
     def pool_status(self) -> PoolStatus:
-        """Count the connections of the engine in use; all zero if there is none."""
+        """Count the connections of the engine in use; all are 0 if there is none."""
         return pool_status(self.engine) if self.engine is not None else PoolStatus()
 
     async def close(self) -> None:
-        """Close the engines, if there are any. A session asked for later makes a new one.
+        """Close the engines, if there are any. The next session makes a new one.
 
         Sessions in flight finish; their connections are closed as they come back.
         """
@@ -284,7 +281,7 @@ class DBConnect(Generic[SessionT_co]):
         finally:
             await close_sessions([session])
 
-    # People reach for these two.
+    # Not public, but users' code reads and sets them.
 
     @property
     def _engine(self) -> AsyncEngine | None:

@@ -1,4 +1,4 @@
-"""The container of a unit of work's sessions, and the context variable that points at it."""
+"""The context: the sessions of a unit of work, and the context variable that points at them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from context_async_sqlalchemy.shield import logger
 
 
 class DBSessionContext:
-    """The sessions of one unit of work; one container, shared by all its tasks.
+    """The sessions of one unit of work, shared by all its tasks.
 
     Attributes:
         by_key: The session that `db_session` returns for each connect, by `context_key`.
         sessions: Every session to settle and to close, in the order they were made. One that was
             closed or replaced by hand stays here: somebody may still hold it and use it.
-        made: Those of them that `db_session` made, and nobody but the context owns.
-        loop: The event loop of the request whose context it is; None for any other context.
-        locks: What makes the creation of a connect's session single-flight, by `context_key`.
+        made: The sessions among them that `db_session` made: the context alone owns them.
+        loop: The event loop that serves the request; None if the context is not a request's.
+        locks: They make the creation of a connect's session single-flight, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
         settles_late: Whether a request settles only when the application has returned.
-        commits: What watches its commits, if anything.
+        commits: Watches its commits, if anything asks about them.
         used: Whether there may be anything to settle.
-        request: The method and the path of the request that it is for, if it is for one.
-        token: What restores the context variable.
+        request: The method and the path of the request, if the context is a request's.
+        token: Restores the context variable; None once the context has ended.
     """
 
     __slots__ = (
@@ -71,7 +71,7 @@ class DBSessionContext:
         self.token: Token[DBSessionContext | None] | None = None
 
     def put(self, context_key: str, session: AsyncSession) -> None:
-        """Make `session` the one that `db_session` returns for a connect."""
+        """Make `session` the session that `db_session` returns for a connect."""
         self.used = True
         self.by_key[context_key] = session
         if session not in self.sessions:
@@ -80,9 +80,9 @@ class DBSessionContext:
             self.commits.watch(context_key, session)
 
     def pop(self, context_key: str) -> AsyncSession | None:
-        """Take out the session of a connect, which is the caller's then."""
+        """Take out the session of a connect; it belongs to the caller then."""
         session: AsyncSession | None = self.by_key.pop(context_key, None)
-        # One that commits by itself, as `DBSessionDependency` may make it, is in no list.
+        # A session that the application settles itself (`DBSessionDependency`) is in no list.
         if session is not None and session not in self.by_key.values() and session in self.sessions:
             self.sessions.remove(session)
             if session in self.made:
@@ -178,7 +178,7 @@ def current_context() -> DBSessionContext:
 
 
 def contexts_here() -> Iterator[DBSessionContext]:
-    """Yield the context of this task, then the one that it was opened in, and so on."""
+    """Yield the context of this task, then the context that it was opened in, and so on."""
     context = _context.get()
     while context is not None:
         yield context
@@ -192,7 +192,7 @@ def init_db_session_ctx(force: bool = False) -> Token[DBSessionContext | None]:
     For a middleware of your own; elsewhere `new_db_session_ctx` does both.
 
     Args:
-        force: Open it even inside another one, which is back afterwards. Default False.
+        force: Open it even inside another one, which is restored afterwards. Default False.
 
     Returns:
         The token for `reset_db_session_ctx`.
@@ -222,17 +222,17 @@ def is_test_context() -> bool:
 async def reset_db_session_ctx(
     token: Token[DBSessionContext | None], with_close: bool = True
 ) -> None:
-    """End the context that `init_db_session_ctx` opened; the one before it is back.
+    """End the context that `init_db_session_ctx` opened, and restore the one before it.
 
     What is still uncommitted is rolled back: settle first, with `auto_commit_by_status_code`,
     `commit_all_sessions` or `rollback_all_sessions`.
 
     Args:
         token: What `init_db_session_ctx` returned.
-        with_close: Whether to close the sessions. Default True; with False they are the caller's.
+        with_close: Whether to close the sessions. Default True. With False the caller closes them.
 
     Raises:
-        ValueError: If the token is not that of the context here; nothing is closed then.
+        ValueError: If the token is not that of the current context; nothing is closed then.
         RuntimeError: If the context was opened in another task; it is closed all the same.
     """
     context = _context.get()
@@ -246,7 +246,7 @@ async def reset_db_session_ctx(
 
 
 def get_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None:
-    """Return the context's session for `connect`, or None if it was not asked for yet.
+    """Return the context's session for `connect`; None if nothing has asked for it yet.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
@@ -259,7 +259,7 @@ def get_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None
 def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None:
     """Make `session` the context's session for `connect`.
 
-    The context settles and closes it, and also one that it replaces.
+    The context settles and closes it, and the session that it replaces, too.
 
     Raises:
         ContextNotInitiatedError: If there is no context.

@@ -70,8 +70,8 @@ def parse_url(url: str | URL, password: str | None = None) -> URL:
         url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`) gets
             asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy. A password in its query is
             moved to where SQLAlchemy hides it.
-        password: The password as it is, with nothing percent-encoded; wins over one in the URL.
-            Default None: that of the URL; an empty one means the same.
+        password: The password, not percent-encoded; wins over the one in the URL. Default None, or
+            empty: use the one in the URL.
 
     Returns:
         The URL for `create_engine`.
@@ -96,28 +96,28 @@ def create_engine(
 ) -> AsyncEngine:
     """Make an engine that behaves as its database's documentation says; opens no connection.
 
-    PostgreSQL with asyncpg: the query may say what libpq understands, as the URLs of hosted
-    databases do: `sslmode`, `sslrootcert`, `options`, `application_name`, `connect_timeout`, and
-    so on. `channel_binding` is dropped, `require` too: asyncpg has none. Only `verify-full` makes
-    sure of the server then.
+    PostgreSQL with asyncpg: the query may have the parameters of libpq that are in the URLs of
+    hosted databases: `sslmode`, `sslrootcert`, `options`, `application_name`, `connect_timeout`,
+    and so on. `channel_binding` is dropped, even `require`: asyncpg has none. Only
+    `sslmode=verify-full` verifies the server then.
 
     SQLite: BEGIN is sent before the first statement, so that savepoints, reads and DDL belong to
-    the transaction; foreign keys are enforced; a writer waits 5 seconds for another one. One that
-    reads first cannot wait, unless the transaction begins with the lock:
-    `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory lives in one connection:
-    one session at a time uses it, the others wait, and `pool_size`, `max_overflow` and
-    `pool_recycle` do not apply.
+    the transaction; foreign keys are enforced; a writer waits up to 5 seconds for another one. A
+    transaction that reads before it writes cannot wait, unless it begins with the lock:
+    `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory has one connection: one
+    session at a time uses it, the others wait, and `pool_size`, `max_overflow` and `pool_recycle`
+    do not apply.
 
     Args:
         url: As `parse_url` returns it.
-        ping_after_idle: With `pool_pre_ping=True`, ping a connection only when it has lain in the
-            pool for longer than this, in seconds. Default 1.
-        **options: Of `sqlalchemy.create_engine()`, with its defaults; see `EngineOptions`. What is
-            in `connect_args` wins over the URL, in its `server_settings` each by itself.
+        ping_after_idle: With `pool_pre_ping=True`, ping a connection only if it was idle for longer
+            than this, in seconds. Default 1.
+        **options: Of `sqlalchemy.create_engine()`, with its defaults; see `EngineOptions`.
+            `connect_args`, and each of its `server_settings`, win over the URL.
 
     Raises:
         TypeError: If there is no such option.
-        ValueError: If an option has no sense, or the URL says what asyncpg does not support.
+        ValueError: If an option is invalid, or asyncpg does not support what is in the URL.
     """
     _check(ping_after_idle, options)
     has_ping = options.pop("pool_pre_ping", False)
@@ -153,7 +153,7 @@ def set_host(url: URL, host: str | None) -> URL:
 
 
 def is_in_memory(url: URL) -> bool:
-    """Return whether it is a database of SQLite's that ends with its last connection."""
+    """Return whether it is an SQLite database that ends with its last connection."""
     if url.get_backend_name() != "sqlite":
         return False
     in_query = "memory" in url.query.get("mode", ())
@@ -166,7 +166,7 @@ def check_idle_options(
     """Check the options of `close_idle_connections`.
 
     Raises:
-        ValueError: If one has no sense for this database and pool.
+        ValueError: If one is invalid, or of no use for this database and pool.
     """
     if idle_timeout <= 0:
         raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
@@ -186,12 +186,12 @@ def _read_url(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # SQLAlchemy 2.0 shows the whole string; int() what stands where the port should.
+        # SQLAlchemy 2.0 shows the whole string, int() what is in the place of the port.
         raise ValueError(
             "the database URL cannot be read: it should be like "
             "'postgresql://user:password@host:5432/database'"
         ) from None
-    # With an @ in the password, SQLAlchemy takes what follows it for the host, and shows that.
+    # With an @ in the password, SQLAlchemy takes the rest of it for the host, which it shows.
     place, _, query = url.partition("@")[2].partition("?")
     keys = (item.partition("=")[0] for item in query.split("&"))
     if parsed.host and any("@" in part for part in (place, *keys)):
@@ -212,7 +212,7 @@ def _choose_driver(url: URL) -> URL:
         dialect = url.get_dialect()
     except NoSuchModuleError:
         raise ValueError(f"SQLAlchemy knows no database driver {url.drivername!r}") from None
-    # psycopg and oracledb have one name for both: the dialect that is not async knows the other.
+    # psycopg and oracledb have one name for both dialects: the sync one knows the async one.
     if not dialect.get_async_dialect_cls(url).is_async:
         proposal = repr(_ASYNC_DRIVERS[backend]) if backend in _ASYNC_DRIVERS else "an async one"
         raise ValueError(f"the driver {dialect.driver!r} is not async: use {proposal}")
@@ -220,7 +220,8 @@ def _choose_driver(url: URL) -> URL:
 
 
 def _hide_password(url: URL) -> URL:
-    # libpq reads user and password there too. SQLAlchemy hides only the one before the host.
+    # libpq also reads user and password from the query. SQLAlchemy hides a password only before the
+    # host.
     if url.get_backend_name() == "sqlite":
         return url
     user, password = (_last(url.query.get(key)) for key in ("user", "password"))
@@ -262,8 +263,8 @@ def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
     if "autocommit" in options.get("connect_args", {}):
         raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
     if is_in_memory(url) and "poolclass" not in options:
-        # SQLAlchemy would share the connection, and its transaction, among all who ask at once:
-        # the rollback of one would undo what another has written.
+        # SQLAlchemy would give one connection, and its transaction, to all sessions at a time: the
+        # rollback of one would undo what another has written.
         options["poolclass"] = AsyncAdaptedQueuePool
         options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
     engine = _create_async_engine(url, **options)

@@ -1,4 +1,4 @@
-"""The engines of a connect: one at a time on each event loop, made when it is first needed."""
+"""The engines of a connect: one on each event loop, made when it is first needed."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Opened(NamedTuple):
 
 
 class _Place:
-    """What an event loop has."""
+    """The engine of an event loop."""
 
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()  # creators may wait, and shall not be called twice
+        self.lock = asyncio.Lock()  # creators may wait, and must not be called twice
         self.opened: Opened | None = None
 
 
@@ -44,9 +44,9 @@ class Engines:
     """The engines of a connect.
 
     Attributes:
-        host: The host to talk to; None if none was given yet, or its URL says it.
-        needs_host: Whether its creator needs one.
-        latest: The engine that was opened last, whose connections nobody has closed.
+        host: The host to talk to; None if none was given yet, or the URL has none.
+        needs_host: Whether the engine_creator needs a host.
+        latest: The engine that was opened last, on any loop; None after `close`.
         put_by_hand: An engine that somebody else made; it is closed with the others.
     """
 
@@ -72,7 +72,7 @@ class Engines:
         self._close_unpinned = False
 
     async def get(self) -> Opened:
-        """Return what the running loop has for the host; make it if need be."""
+        """Return the engine of the running loop for the host, made if there is none."""
         place = self._places.here()
         if self._pinned is not None:
             return self._get_pinned(place)
@@ -102,7 +102,7 @@ class Engines:
         await _wait_a_moment(retiring)
 
     async def close(self) -> None:
-        """Close every engine, those of other loops in theirs."""
+        """Close every engine, each on its own loop."""
         if self._pinned is not None:
             self._close_unpinned = True
             return
@@ -122,12 +122,12 @@ class Engines:
 
     @asynccontextmanager
     async def pin(self) -> AsyncGenerator[Opened]:
-        """Keep the engine of the running loop, whatever becomes of the host, for a block.
+        """Keep the engine of the running loop for a block, even if the host changes.
 
-        `close` closes it at its end.
+        A `close` in the block takes place at its end.
 
         Raises:
-            RuntimeError: If one is kept already; by `get`, on another event loop.
+            RuntimeError: If one is kept already. In the block, `get` raises it on another loop.
         """
         if self._pinned is not None:
             raise RuntimeError("a test's transaction is open already for this connect")
@@ -139,6 +139,22 @@ class Engines:
             self._pinned = None
             if self._close_unpinned:
                 await self.close()
+
+    def here(self) -> AsyncEngine | None:
+        """Return the engine of the running loop, or else the one that was opened last."""
+        opened = self.latest
+        if opened is not None and asyncio._get_running_loop() is not None:
+            opened = self._places.here().opened or opened
+        return opened.engine if opened is not None else self.put_by_hand
+
+    async def make_engine(self, host: str | None) -> AsyncEngine:
+        """Make an engine that belongs to the caller."""
+        if host is not None:
+            _check_host(host)
+        elif self.needs_host:
+            raise ValueError("host is not set")
+        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: the URL's
+        return _check_engine(await _result_of(made))
 
     def _get_pinned(self, place: _Place) -> Opened:
         if place is not self._pinned or place.opened is None:
@@ -158,22 +174,6 @@ class Engines:
             await asyncio.wait(tasks)
         for task in closing:
             task.result()
-
-    def here(self) -> AsyncEngine | None:
-        """Return the engine of the running loop, or else the one that was opened last."""
-        opened = self.latest
-        if opened is not None and asyncio._get_running_loop() is not None:
-            opened = self._places.here().opened or opened
-        return opened.engine if opened is not None else self.put_by_hand
-
-    async def make_engine(self, host: str | None) -> AsyncEngine:
-        """Make an engine that belongs to the caller."""
-        if host is not None:
-            _check_host(host)
-        elif self.needs_host:
-            raise ValueError("host is not set")
-        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: that of its URL
-        return _check_engine(await _result_of(made))
 
     async def _make(self, host: str | None) -> Opened:
         engine = await self.make_engine(host)
@@ -196,7 +196,7 @@ class Engines:
         return session_maker  # type: ignore[no-any-return]  # duck-typed, too
 
     def _put(self, place: _Place, opened: Opened) -> asyncio.Task[None] | None:
-        """Put an engine in the place of another one; return what closes that."""
+        """Put an engine in the place of another one; return the task that closes the latter."""
         retired, place.opened, self.latest = place.opened, opened, opened
         if retired is None:
             return None
@@ -226,7 +226,7 @@ def _log_failure(closing: asyncio.Task[None] | Future[None]) -> None:
 
 
 async def _wait_a_moment(retiring: asyncio.Task[None] | None) -> None:
-    # Its connections are gone when this returns, unless the server is silent: who waits for that?
+    # Its connections are closed when this returns, unless the server is silent.
     if retiring is not None:
         await asyncio.wait([retiring], timeout=_MOMENT)
 

@@ -1,4 +1,4 @@
-"""What this library raises itself."""
+"""The exceptions of this library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ContextNotInitiatedError(RuntimeError):
 
 
 class ContextClosedError(ContextNotInitiatedError):
-    """A session was asked for in a context that has ended, as by a task outliving its request."""
+    """A session was asked for in a context that has ended, such as by a task after its request."""
 
     def __init__(
         self, message: str = f"The database session context of this task has ended. {_HINT}"

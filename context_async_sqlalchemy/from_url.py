@@ -1,4 +1,4 @@
-"""The creators of a connect to a database URL."""
+"""The creators of a connect that is made from a database URL."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from context_async_sqlalchemy.session_type import SessionOptions, SessionT
 
 
 class Creators(NamedTuple, Generic[SessionT]):
-    """What a connect needs.
+    """What `DBConnect` takes.
 
     Attributes:
-        engine: Makes the engine for a host; for None, that of the URL.
+        engine: Makes the engine for a host; None is the host of the URL.
         session_maker: Makes the sessionmaker for an engine.
-        host: That of the URL, if it has one.
+        host: The host of the URL, if it has one.
     """
 
     engine: Callable[[str | None], AsyncEngine]
@@ -62,6 +62,6 @@ def creators_from_url(
     def make_session_maker(engine: AsyncEngine) -> async_sessionmaker[SessionT]:
         return async_sessionmaker(engine, **options)
 
-    # What is wrong is told now, not when the first session is made.
+    # An error is raised now, not when the first session is made.
     make_session_maker(make_engine(database.host))()
     return Creators(make_engine, make_session_maker, database.host)

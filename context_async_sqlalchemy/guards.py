@@ -1,4 +1,4 @@
-"""What drivers and SQLAlchemy let pass, and a connect does not."""
+"""Guards on an engine's connections, against what drivers and SQLAlchemy let pass."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _DURABLE = "context_async_sqlalchemy.durable"
 
 
 class Durable(Protocol):
-    """Something that may become durable.
+    """Work that a COMMIT makes durable.
 
     Attributes:
-        durable: Whether a part of it is, or nobody can know.
+        durable: Whether a part of it is durable, or may be.
     """
 
     durable: bool
 
 
 def guard(engine: AsyncEngine) -> None:
-    """Watch the connections of an engine from now on; `retire` says that the caller is done."""
+    """Watch the connections of an engine from now on, until the caller calls `retire`."""
     sync_engine = getattr(engine, "sync_engine", None)
     if not isinstance(sync_engine, Engine):
         return  # users' tests pass mocks
@@ -48,8 +48,8 @@ def guard(engine: AsyncEngine) -> None:
 async def retire(engine: AsyncEngine) -> None:
     """Close the connections of an engine: the idle ones now, the others as they come back.
 
-    Not if somebody else has it watched, as another connect whose creator returns it, too. A server
-    that is silent is waited for as long as its driver waits when it terminates a connection.
+    Nothing is closed while others use the engine, such as a connect whose creator returns it too.
+    If the server is silent, this takes as long as the driver takes to terminate a connection.
     """
     guard = _guard_of(engine)
     if guard is None:
@@ -57,14 +57,14 @@ async def retire(engine: AsyncEngine) -> None:
         return
     guard.users = max(guard.users - 1, 0)
     if guard.users == 0:
-        # dispose() closes idle connections only. One that a session still holds would go back to a
-        # pool that nobody uses any more, and stay open there.
+        # dispose() closes idle connections only. One that a session still holds would return to a
+        # pool that is no longer used, and stay open there.
         await engine.dispose()
         await guard.finish_closing()
 
 
 def _guard_of(engine: AsyncEngine) -> _Guard | None:
-    # By the dialect, which the copies share that Engine.execution_options() makes.
+    # On the dialect, which the copies made by Engine.execution_options() share.
     dialect = getattr(getattr(engine, "sync_engine", None), "dialect", None)
     guard = getattr(dialect, _GUARD, None)
     return guard if isinstance(guard, _Guard) else None
@@ -73,8 +73,8 @@ def _guard_of(engine: AsyncEngine) -> _Guard | None:
 def is_in_use(session: AsyncSession) -> bool:
     """Return whether a task is inside a statement of this session, or taking a connection for it.
 
-    Whoever ends its transaction then gets an error of asyncpg, after which SQLAlchemy takes the
-    transaction for ended, and returns the connection with it to the pool.
+    Ending the transaction then fails in asyncpg, and SQLAlchemy takes it for ended all the same: it
+    returns the connection to the pool with the transaction still open.
     """
     transaction = _transaction_of(session)
     if transaction is None:
@@ -82,7 +82,7 @@ def is_in_use(session: AsyncSession) -> bool:
     if transaction._current_fn is not None:
         return True
     for connection in _open_connections(transaction):
-        # The lock of SQLAlchemy's adapters for drivers in which statements cannot wait for others.
+        # SQLAlchemy's adapters have this lock for drivers that do not queue statements themselves.
         lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
         if lock is not None and lock.locked():
             return True
@@ -90,7 +90,7 @@ def is_in_use(session: AsyncSession) -> bool:
 
 
 def note_commits(connection: Connection, work: Durable) -> None:
-    """Let whoever commits `connection`, until it is back in the pool, make `work` durable."""
+    """Note on `work` each commit of `connection`, until that is back in the pool."""
     connection.info[_DURABLE] = work
 
 
@@ -100,8 +100,15 @@ def connections_of(session: AsyncSession) -> list[Connection]:
     return _open_connections(transaction) if transaction is not None else []
 
 
+def says_connection_is_lost(error: BaseException | None) -> bool:
+    """Return whether a driver's error says, by its SQLSTATE, that its connection is lost."""
+    # Class 08 is a connection exception; 57P01 and 57P02 are shutdowns.
+    sqlstate = getattr(error, "sqlstate", None) or ""
+    return sqlstate.startswith(("08", "57P01", "57P02"))
+
+
 def _open_connections(transaction: SessionTransaction) -> list[Connection]:
-    # SQLAlchemy 2.1 has a public name for this, 2.0 has not.
+    # SQLAlchemy 2.0 has no public name for this.
     connections = {connection for connection, *_ in transaction._connections.values()}
     return [c for c in connections if not (c.closed or c.invalidated)]
 
@@ -115,7 +122,7 @@ class _Guard:
     """Watches the connections of one engine, and of its copies.
 
     Attributes:
-        users: How many have it watched. Without any, a connection that comes back is closed.
+        users: How many use the engine. With none left, a connection that comes back is closed.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -126,19 +133,19 @@ class _Guard:
         self._closing: set[asyncio.Task[None]] = set()
         engine.dialect.do_close = self._close  # type: ignore[assignment]
         event.listen(engine.pool, "checkin", self._on_checkin)
-        # Not the event "commit": that would make every statement of the engine dearer.
+        # Not the event "commit": it would make every statement of the engine slower.
         engine.dialect.do_commit = self._check_and_commit  # type: ignore[assignment]
         if isinstance(engine.dialect, PGDialect):
             event.listen(engine, "handle_error", self._on_error)
 
     async def finish_closing(self) -> None:
-        """Wait until the connections are closed that are being closed."""
+        """Wait for the connections that are being closed."""
         if self._closing:
             await asyncio.wait(self._closing)
 
     def _close(self, connection: DBAPIConnection) -> None:
-        # Politely, a driver may wait for a silent server without end. Whoever ends the use of an
-        # engine waits for all its connections at once, and not for ever.
+        # A polite close may wait forever for a silent server. The connections of an engine that is
+        # being retired are terminated instead, all at once.
         if self.users or not in_greenlet():
             self._do_close(connection)
             return
@@ -156,11 +163,11 @@ class _Guard:
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
         entry.info.pop(_FAILED, None)
         entry.info.pop(_DURABLE, None)
-        # A driver other than asyncpg has neither name.
+        # Drivers other than asyncpg have neither name.
         driver = entry.driver_connection
         is_in_transaction = getattr(driver, "is_in_transaction", bool)
-        # asyncpg never forgets a transaction whose BEGIN failed, as a SERIALIZABLE one does on a
-        # hot standby: each later one on that connection would be a SAVEPOINT, and fail.
+        # asyncpg does not forget a transaction whose BEGIN has failed (SERIALIZABLE on a hot
+        # standby): every later one on that connection would be a SAVEPOINT, and fail.
         if is_in_transaction() or getattr(driver, "_top_xact", None) is not None:
             entry.invalidate()
         elif not self.users:
@@ -198,19 +205,19 @@ class _Guard:
             raise
 
     def _is_refused(self, error: Exception) -> bool:
-        """Return whether a COMMIT that failed so has certainly not taken place."""
+        """Return whether a COMMIT that failed with `error` has certainly not taken place."""
         if isinstance(error, self._dialect.loaded_dbapi.InterfaceError):
             return True  # the driver saw that the connection was closed already, and sent nothing
         if type(error).__name__ == "InternalClientError" and "cannot switch" in str(error):
             return True  # the same for asyncpg, before the end of a connection that was terminated
-        sqlstate = getattr(error, "sqlstate", None) or ""
-        is_lost = sqlstate.startswith(("08", "57P01", "57P02"))
-        return hasattr(error, "sqlite_errorcode") or (_is_from_server(error) and not is_lost)
+        if hasattr(error, "sqlite_errorcode"):
+            return True
+        return _is_from_server(error) and not says_connection_is_lost(error)
 
 
 def _is_from_server(error: BaseException) -> bool:
-    # asyncpg, whose errors SQLAlchemy wraps, has an SQLSTATE also for values that it refuses to
-    # send. Only what the server says has a severity; psycopg keeps it in `diag`.
+    # asyncpg, whose errors SQLAlchemy wraps, also gives an SQLSTATE to values that it refuses to
+    # send. Only an error of the server has a severity; psycopg keeps it in `diag`.
     original = error.__cause__ or error
     return bool(
         getattr(original, "severity", None)

@@ -1,4 +1,4 @@
-"""What a URL made for libpq says, in the words of asyncpg."""
+"""Translates the query of a URL made for libpq to arguments of asyncpg."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import URL
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
-# asyncpg takes these in a DSN only, where they mean what they mean to libpq.
+# asyncpg takes these in a DSN only, with the meaning that they have to libpq.
 _TLS_KEYS = {
     "sslmode",
     "sslrootcert",
@@ -22,12 +22,13 @@ _TLS_KEYS = {
     "ssl_max_protocol_version",
 }
 
-# Sent to the server as they are, which is what libpq does with them.
+# Sent to the server as they are, as libpq does.
 _SERVER_SETTINGS = {"application_name", "options"}
 
 _READ_BY_SQLALCHEMY = {"host", "port", "plugin", "prepared_statement_cache_size"}
 
-# What asyncpg does anyway, or what it cannot do and hosts print in every URL of theirs.
+# What asyncpg does anyway; and channel_binding=require, which it cannot do, but which hosts put in
+# all their URLs.
 _DROPPED = {
     "channel_binding": ("disable", "prefer", "require"),
     "gssencmode": ("disable", "prefer"),
@@ -35,19 +36,19 @@ _DROPPED = {
 
 
 def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
-    """Take out of the query of `url` what asyncpg cannot read, as arguments that it can.
+    """Move what asyncpg cannot read in a URL's query into arguments of `asyncpg.connect()`.
 
-    `channel_binding` is dropped, `require` too: asyncpg has none. What keeps an impostor away from
-    the password is then `sslmode=verify-full` alone.
+    `channel_binding` is dropped, even `require`: asyncpg has none. Only `sslmode=verify-full` keeps
+    the password from an impostor then.
 
     Args:
         url: A URL of a dialect on asyncpg.
 
     Returns:
-        The URL without what was translated, and the arguments of `asyncpg.connect()`.
+        The URL without what was moved, and the arguments.
 
     Raises:
-        ValueError: If there is a key, or a value, that asyncpg has nothing for.
+        ValueError: If asyncpg does not support a key or its value.
     """
     kept: dict[str, str | tuple[str, ...]] = {}
     arguments: dict[str, Any] = {}
@@ -58,7 +59,7 @@ def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
         if key in _READ_BY_SQLALCHEMY:
             kept[key] = values
         elif not value:
-            continue  # means the default to libpq
+            continue  # to libpq, an empty value is the default
         elif key in _TLS_KEYS or key == "ssl":  # SQLAlchemy's documentation says ssl=
             tls["sslmode" if key == "ssl" else key] = value
         elif key in _SERVER_SETTINGS:
@@ -84,8 +85,8 @@ def _tls_arguments(tls: dict[str, str]) -> dict[str, Any]:
 
 
 def _system_context(tls: dict[str, str]) -> ssl.SSLContext:
-    # To asyncpg "system" is the name of a file. libpq allows it with verify-full only, its default
-    # then: whoever has a certificate that the system trusts would be let in.
+    # To asyncpg "system" is the name of a file. To libpq verify-full is then the default, and the
+    # only mode: with another one, any certificate that the system trusts would do.
     if tls.get("sslmode", "verify-full") != "verify-full":
         raise ValueError("sslrootcert=system needs sslmode=verify-full")
     if others := tls.keys() - {"sslmode", "sslrootcert", "sslcert", "sslkey"}:
@@ -116,7 +117,7 @@ _ARGUMENTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "passfile": ("passfile", str),
     "krbsrvname": ("krbsrvname", str),
     "gsslib": ("gsslib", str),
-    # asyncpg's own, for which SQLAlchemy hands it strings.
+    # asyncpg's own arguments, which SQLAlchemy passes on as strings.
     "timeout": ("timeout", float),
     "command_timeout": ("command_timeout", float),
     "statement_cache_size": ("statement_cache_size", int),

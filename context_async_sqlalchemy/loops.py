@@ -1,4 +1,4 @@
-"""One thing for each event loop."""
+"""An object for each event loop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class PerLoop(Generic[T]):
-    """Something that belongs to an event loop, and is made anew on another one.
+    """Objects that belong to an event loop each, made when a loop first asks for its own.
 
     Args:
-        make: Makes it.
+        make: Makes one.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -21,7 +21,7 @@ class PerLoop(Generic[T]):
         self._by_loop: dict[asyncio.AbstractEventLoop, T] = {}
 
     def here(self) -> T:
-        """Return that of the running loop."""
+        """Return the object of the running loop."""
         loop = asyncio.get_running_loop()
         thing = self._by_loop.get(loop)
         if thing is None:
@@ -31,7 +31,7 @@ class PerLoop(Generic[T]):
         return thing
 
     def elsewhere(self) -> list[tuple[asyncio.AbstractEventLoop, T]]:
-        """Return those of the other loops that run now, in other threads."""
+        """Return the objects of the other loops that are running now, in other threads."""
         here = asyncio.get_running_loop()
         return [
             (loop, thing)

@@ -14,14 +14,14 @@ _RETURNED_AT = "context_async_sqlalchemy.returned_at"
 
 
 def ping_idle_connections(engine: Engine, after: float) -> None:
-    """Ping a connection of `engine` as it is taken from the pool, if it has lain there for long.
+    """Ping a connection of `engine` when it is taken from the pool after it was idle for long.
 
-    When it is dead, every connection of the pool that is as old is replaced, as by SQLAlchemy's own
-    `pool_pre_ping`, which pings at every checkout and has to be off.
+    If it is dead, every connection of the pool that is as old is replaced, as SQLAlchemy's own
+    `pool_pre_ping` does, which pings at every checkout and has to be off.
 
     Args:
-        engine: Whose pool to watch.
-        after: How long a connection lies in the pool before it is pinged, in seconds.
+        engine: The engine.
+        after: How long a connection is idle before it is pinged, in seconds.
     """
 
     def note_time(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
@@ -44,8 +44,8 @@ def ping_idle_connections(engine: Engine, after: float) -> None:
 
 
 def _is_closed(entry: ConnectionPoolEntry) -> bool:
-    # asyncpg hears the server hang up while the connection lies in the pool, and says so without a
-    # round trip. Other drivers hear it when they are used.
+    # asyncpg notices that the server has hung up while the connection is in the pool, and says so
+    # without a round trip. Other drivers notice it when they are used.
     is_closed: bool = getattr(entry.driver_connection, "is_closed", bool)()
     return is_closed
 
@@ -53,8 +53,8 @@ def _is_closed(entry: ConnectionPoolEntry) -> bool:
 def _answers(engine: Engine, connection: DBAPIConnection) -> bool:
     if engine.dialect.driver != "asyncpg":
         return engine.dialect._do_ping_w_event(connection)  # what the pool itself calls
-    # SQLAlchemy's ping is four round trips here, the last a ROLLBACK: a task that is cancelled
-    # because the server is silent would wait for the answer to it, without end.
+    # SQLAlchemy's ping is four round trips here, the last one a ROLLBACK: a task that is cancelled
+    # because the server is silent would wait for its answer forever.
     try:
         connection.run_async(_ping_asyncpg)
     except Exception:

@@ -1,4 +1,4 @@
-"""What is in a pool, and closing what has lain there for long."""
+"""The connections of a pool: counting them, and closing those that were idle for long."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class PoolStatus:
     """The connections of a pool, counted.
 
     Attributes:
-        size: How many the pool keeps open at most while nobody uses them.
-        checked_in: How many lie in the pool; without `idle_timeout` this counts a place, too, whose
-            connection was given up.
-        checked_out: How many are in use.
-        overflow: How many there are beyond `size`.
-        capacity: How many there can be at a time; None if there is no limit.
+        size: The most idle connections that the pool keeps open.
+        checked_in: The idle connections. Without `idle_timeout`, a place in the pool whose
+            connection was invalidated counts as one.
+        checked_out: The connections in use.
+        overflow: The connections beyond `size`.
+        capacity: The most connections at a time; None if there is no limit.
     """
 
     size: int = 0
@@ -39,18 +39,18 @@ class PoolStatus:
 
 
 def pool_status(engine: AsyncEngine) -> PoolStatus:
-    """Count the connections of `engine`, which `count_connections` has to know."""
+    """Count the connections of `engine`, for which `count_connections` was called before."""
     pool = getattr(engine, "pool", None)
     if not isinstance(pool, Pool):  # users' tests pass mocks
         return PoolStatus()
-    if not isinstance(pool, QueuePool):  # NullPool and its like count nothing themselves
+    if not isinstance(pool, QueuePool):  # NullPool and others do not count themselves
         count = _counts.get(engine.dialect)
         return PoolStatus(checked_out=count.checked_out if count is not None else 0)
     size, limit = pool.size(), pool._max_overflow
     idle = _idle_of(engine)
     return PoolStatus(
         size=size,
-        # The pool counts the slots whose connection was closed, too.
+        # The pool itself also counts slots whose connection was closed.
         checked_in=pool.checkedin() if idle is None else idle.count(),
         checked_out=pool.checkedout(),
         overflow=max(pool.overflow(), 0),
@@ -59,7 +59,7 @@ def pool_status(engine: AsyncEngine) -> PoolStatus:
 
 
 def count_connections(engine: AsyncEngine) -> None:
-    """Count what is in use from now on, where the pool does not."""
+    """Count the connections in use from now on, if the pool does not."""
     sync_engine = getattr(engine, "sync_engine", None)
     if not isinstance(sync_engine, Engine):
         return  # users' tests pass mocks
@@ -68,26 +68,26 @@ def count_connections(engine: AsyncEngine) -> None:
 
 
 def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -> None:
-    """Close the connections of `engine` that nobody has used for long.
+    """Close, from now on, the connections of `engine` that were idle for long.
 
     Args:
-        engine: Whose pool to watch.
-        timeout: How long a connection may lie in the pool, in seconds.
-        min_idle: How many to leave there all the same: those that were used last.
+        engine: The engine.
+        timeout: How long a connection may be idle, in seconds.
+        min_idle: How many idle connections to keep all the same: those that were used last.
     """
     idle = _IdleConnections(engine.sync_engine, timeout, min_idle)
     setattr(engine.sync_engine, _IDLE, idle)
 
 
 async def finish_closing(engine: AsyncEngine) -> None:
-    """Leave no timer and no task of `close_idle_connections`."""
+    """End `close_idle_connections`, with its timer and its tasks."""
     idle = _idle_of(engine)
     if idle is not None:
         await idle.finish()
 
 
 def _idle_of(engine: AsyncEngine) -> _IdleConnections | None:
-    # On the engine: in a dictionary with weak keys it would keep its own key alive.
+    # An attribute of the engine: in a dictionary with weak keys it would keep its own key alive.
     idle = getattr(getattr(engine, "sync_engine", None), _IDLE, None)
     return idle if isinstance(idle, _IdleConnections) else None
 
@@ -107,7 +107,7 @@ class _Count:
 
 
 class _IdleConnections:
-    """Those that lie in the pool, and since when; the one that lies there longest is the first."""
+    """The idle connections of a pool and since when they are, the longest idle one first."""
 
     def __init__(self, engine: Engine, timeout: float, min_idle: int) -> None:
         self._dialect = engine.dialect
@@ -142,7 +142,7 @@ class _IdleConnections:
             return
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # the garbage collector returns what the end of a loop left behind
+        except RuntimeError:  # the garbage collector returns what a loop has left behind
             return
         self._since[entry] = loop.time()
         if self._timer is None:
@@ -150,7 +150,7 @@ class _IdleConnections:
 
     def _close_expired(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
-        # The pool has closed what it had no room for, and what was invalid, after its return.
+        # The pool has since closed what was invalid, and what it had no room for.
         self._since = {e: t for e, t in self._since.items() if e.dbapi_connection is not None}
         spare = len(self._since) - self._min_idle
         for entry, since in list(islice(self._since.items(), max(spare, 0))):
@@ -159,11 +159,11 @@ class _IdleConnections:
                 self._timer = loop.call_later(remaining, self._close_expired, loop)
                 break
             del self._since[entry]
-            # Closing awaits, and nobody may get the connection meanwhile: it is taken out of its
-            # slot, in which the pool will open another one.
+            # Closing awaits, and nobody may be given the connection meanwhile: it is taken out of
+            # its slot, where the pool will open another one.
             connection = entry.dbapi_connection
             assert connection is not None
-            entry.dbapi_connection = None  # type: ignore[misc]  # has it, but declares it elsewhere
+            entry.dbapi_connection = None  # type: ignore[misc]  # declared read-only
             task = loop.create_task(self._close(connection))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
@@ -175,5 +175,5 @@ class _IdleConnections:
             logger.warning("An idle connection failed to close", exc_info=True)
 
 
-# By the dialect, which the copies share that Engine.execution_options() makes, as they do the pool.
+# By dialect, which the copies made by Engine.execution_options() share, as they share the pool.
 _counts: WeakKeyDictionary[Dialect, _Count] = WeakKeyDictionary()

@@ -24,9 +24,9 @@ Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
 _BEST = 0
 
 # https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-RECOVERY-INFO
-# A standby that has replayed all it has received is not behind, but only as long as it is connected
-# to its primary. Otherwise its last transaction tells how old it is, which overstates it while the
-# primary writes nothing.
+# A standby that has replayed all it has received is not behind, as long as it is connected to its
+# primary. Otherwise the age of its last transaction is its lag: too much, if the primary writes
+# nothing.
 _STATE = text(
     """
     SELECT pg_is_in_recovery() AS is_replica,
@@ -48,14 +48,14 @@ def keep_on_primary(
             before_create_session_handler=keep_on_primary(["db1", "db2"]),
         )
 
-    After a failover it finds the standby that was promoted. The primary is whichever host is not in
-    recovery: it is up to whoever promotes to see to it that there is one only. If there is none,
-    the connect stays where it is, and its errors come through.
+    After a failover it finds the standby that was promoted. The primary is the host that is not in
+    recovery; that there is only one is up to what promotes them. If there is none, the connect
+    stays where it is, and its errors come through.
 
     Args:
-        hosts: Of the servers, as the connect's `engine_creator` takes them.
-        check_after: For how many seconds a host that was found is not asked again. Default 1.
-        timeout: How many seconds a host has to answer. Default 2.
+        hosts: The hosts, as the connect's `engine_creator` takes them.
+        check_after: The seconds for which a host that was found is not asked again. Default 1.
+        timeout: The seconds that a host has to answer. Default 2.
 
     Raises:
         TypeError: If `hosts` is a string.
@@ -74,14 +74,14 @@ def keep_on_replica(
     """Make a handler that keeps a connect on a replica among `hosts` which is not far behind.
 
     Each process chooses one at random, and another one when that falls behind or does not answer.
-    While there is none, the primary takes over, if it is among the hosts. A replica that has lost
-    its primary counts as behind by the age of the last transaction that it has.
+    While there is none, the primary is used, if it is among the hosts. The lag of a replica that
+    has lost its primary is the age of the last transaction that it has.
 
     Args:
-        hosts: Of the servers, as the connect's `engine_creator` takes them.
-        max_lag: How many seconds a replica may be behind. Default 10.
-        check_after: For how many seconds a host that was found is not asked again. Default 1.
-        timeout: How many seconds a host has to answer. Default 2.
+        hosts: The hosts, as the connect's `engine_creator` takes them.
+        max_lag: The seconds that a replica may be behind. Default 10.
+        check_after: The seconds for which a host that was found is not asked again. Default 1.
+        timeout: The seconds that a host has to answer. Default 2.
 
     Raises:
         TypeError: If `hosts` is a string.
@@ -134,7 +134,7 @@ class _HostChooser:
             # A task: it goes on when whoever has begun it is cancelled, and all get its answer.
             checks[key] = asyncio.create_task(self._check(connect))
             checks[key].add_done_callback(partial(self._forget, checks, key))
-        if key not in self._on_fallback:  # who is served, if not in the best way, does not wait
+        if key not in self._on_fallback:  # a fallback serves while a better host is looked for
             await asyncio.shield(checks[key])
 
     async def _check(self, connect: DBConnect) -> None:
@@ -160,7 +160,7 @@ class _HostChooser:
             hosts = hide_password(", ".join(self._hosts))
             logger.warning("None of the hosts %s is %s", hosts, self._wanted)
             if connect.host is None:
-                await connect.change_host(self._hosts[0])  # whose error comes through
+                await connect.change_host(self._hosts[0])  # its error comes through
         elif connect.host not in candidates:
             await connect.change_host(random.choice(candidates))
         return best
@@ -170,7 +170,7 @@ class _HostChooser:
     ) -> None:
         del checks[key]
         if not check.cancelled() and check.exception() is not None:
-            # Whoever waits for it is told. There may be nobody left.
+            # The tasks that wait for it get the error; there may be none left.
             logger.info("The hosts could not be asked", exc_info=check.exception())
 
     async def _ask(self, connect: DBConnect, host: str) -> int | None:

@@ -19,7 +19,7 @@ from context_async_sqlalchemy.shield import logger, run_to_completion
 def is_in_transaction(session: AsyncSession) -> bool:
     """Return whether a transaction is open on `session`."""
     answer: object = session.in_transaction()
-    if inspect.iscoroutine(answer):  # of a mock of which every method is a coroutine function
+    if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
         answer.close()
     return bool(answer)
 
@@ -52,8 +52,8 @@ async def wait_until_idle(sessions: list[AsyncSession]) -> None:
 
 def refuse_further_use(session: AsyncSession) -> None:
     """Let every later statement of `session` raise `ContextClosedError`."""
-    # Session.get_bind() is what every statement asks first, and is made to be overridden. Whoever
-    # kept the session would otherwise take a connection that nobody returns.
+    # Every statement calls Session.get_bind() first, which is made to be overridden. A task that
+    # has kept the session would otherwise take a connection that nobody returns.
     sync_session = getattr(session, "sync_session", None)
     if isinstance(sync_session, Session):
         sync_session.get_bind = _refuse_statement  # type: ignore[method-assign]
@@ -109,7 +109,7 @@ async def _discard(session: AsyncSession, connections: list[Connection]) -> None
     except Exception:
         sync_session = getattr(session, "sync_session", None)
         if isinstance(sync_session, Session):
-            # A task is taking a connection, and SQLAlchemy lets nobody else in meanwhile.
+            # A task is taking a connection: until it has it, SQLAlchemy refuses to invalidate.
             event.listen(sync_session, "after_begin", _refuse_connection)
         else:
             logger.exception("The connection of a database session could not be discarded")

@@ -1,4 +1,4 @@
-"""A request that the application can be given again."""
+"""A request that can be given to the application again."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from context_async_sqlalchemy.asgi_types import Message, Receive, Scope
 
 
 class ReplayableRequest:
-    """A request, as the server gave it, however often the application has read it.
+    """A request that keeps its scope and its body, to begin again with.
 
     Args:
         scope: Its ASGI scope.
-        receive: What the server's messages come from.
+        receive: The server's `receive`.
         body_limit: How many bytes of its body to keep.
 
     Attributes:
-        obstacle: Why it cannot be given to the application again, if so.
+        obstacle: Why it cannot be given to the application again; None if it can.
     """
 
     def __init__(self, scope: Scope, receive: Receive, body_limit: int) -> None:
@@ -34,19 +34,19 @@ class ReplayableRequest:
         self._receiving: asyncio.Task[Message] | None = None
 
     async def receive(self) -> Message:
-        """Return the next message; those that came before, again, once it was rewound."""
+        """Return the next message; after `rewind`, the kept messages come first."""
         if self._read == len(self._messages):
             return await self._receive_next()
         self._read += 1
         return dict(self._messages[self._read - 1])
 
     async def has_ended(self) -> bool:
-        """Look whether the client has left, or sent too much, since the application has read."""
+        """Return whether there is an obstacle; look first whether the client has left."""
         while self.obstacle is None:
             was_complete = self._is_complete
             if self._receiving is None:
                 self._receiving = asyncio.ensure_future(self._receive())
-            # It is not cancelled, as a chunk of the body would be lost that it is about to return.
+            # It is not cancelled: a chunk of the body, which it is about to return, would be lost.
             await asyncio.wait([self._receiving], timeout=_MOMENT)
             if not self._receiving.done():
                 break
@@ -59,7 +59,7 @@ class ReplayableRequest:
         return self.obstacle is not None
 
     def rewind(self) -> None:
-        """Let the application begin again, with the scope and the body that came."""
+        """Let the application begin again, with the scope and the body as they came."""
         self._read = 0
         # In place: an outer middleware may hold the scope, or the state in it, and look there for
         # what the application has put.

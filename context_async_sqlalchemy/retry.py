@@ -1,4 +1,4 @@
-"""Which errors are transient, and doing it again."""
+"""Which errors are transient, and doing the same work again."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ _SQLITE_BUSY = 5  # https://www.sqlite.org/rescode.html; the low byte of its ext
 def is_transient_error(exc: BaseException) -> bool:
     """Return whether the same work may succeed if it is done again.
 
-    So it is with a serialization failure, a deadlock, a lock that was not to be had, a connection
-    that was lost or refused, a server that starts up, shuts down or has too many connections, a
-    busy SQLite database, and with MySQL's errors for these. Told by SQLSTATE, error number and by
-    what SQLAlchemy knows, of `exc`, its `__cause__`, and the members of an exception group.
-    (psycopg has no SQLSTATE for a connection that was refused, whatever the reason.)
+    True for a serialization failure, a deadlock, a lock that was not available, a connection that
+    was lost or refused, a server that starts up, shuts down or has too many connections, a busy
+    SQLite database, and for MySQL's errors of these kinds. Decided by the SQLSTATE, the error
+    number and what SQLAlchemy knows, of `exc`, its `__cause__`, and the members of an exception
+    group. (psycopg has no SQLSTATE for a connection that was refused, whatever the reason.)
 
-    Never so if a constraint was violated, or if the outcome of a COMMIT is unknown.
+    Always False if a constraint was violated, or if the outcome of a COMMIT is unknown.
 
     Args:
         exc: What was raised.
@@ -86,10 +86,10 @@ def transient_kind(exc: BaseException) -> TransientKind | None:
 
 
 def is_connect_timeout(exc: BaseException) -> bool:
-    """Return whether no connection was to be had in time, from the server or from the pool.
+    """Return whether there was no connection in time, from the server or from the pool.
 
-    It is not transient: whoever has waited that long shall not wait again. (A `TimeoutError` of a
-    statement is none: the server may be busy with it yet.)
+    This is not transient: who has waited that long should not wait again. (The `TimeoutError` of a
+    statement does not count: the server may still be busy with it.)
 
     Args:
         exc: What was raised.
@@ -115,17 +115,17 @@ def retry_on_transient_error(
             session = await db_session(connect)
             ...
 
-    Each attempt is a unit of work, as a block of `new_db_session_ctx` is: committed if the function
-    returns, rolled back if it raises. The last error comes out unchanged. An attempt that has
-    committed a part of its work is not repeated. What is no part of the transaction happens in each
-    attempt: leave it to `on_commit`.
+    Each attempt is a unit of work, like a block of `new_db_session_ctx`: committed if the function
+    returns, rolled back if it raises. The last error is raised unchanged. An attempt that has
+    committed a part of its work is not repeated. Side effects outside of the database happen in
+    each attempt: leave them to `on_commit`.
 
-    It is `stamina` that waits and tries again: see there for its instrumentation, and for
+    `stamina` does the waiting and the repeating; its documentation has the instrumentation,
     `stamina.set_testing` and `stamina.set_active`. Install the extra "retry".
 
     Args:
         attempts: How often to call the function at most. Default 3.
-        timeout: After how many seconds not to try again. Default None: never.
+        timeout: The seconds after which not to try again. Default None: no limit.
         wait_initial: The seconds to wait before the second attempt, doubled for each that follows.
             Default 0.05.
         wait_max: The most seconds to wait between two attempts. Default 5.
@@ -134,7 +134,7 @@ def retry_on_transient_error(
 
     Raises:
         ImportError: If stamina is not installed.
-        TypeError: If what is decorated is no async function.
+        TypeError: If the decorated object is not an async function.
         ValueError: If `attempts` is less than 1.
     """
     retrying = Retrying(attempts, timeout, wait_initial, wait_max, wait_jitter)
@@ -200,10 +200,10 @@ class Retrying:
         )
 
     def __call__(self, on: Callable[[Exception], bool], name: str) -> AsyncIterator[Attempt]:
-        """Return the attempts; the first block that does not fail with such an error is the last.
+        """Return the attempts; the first that does not fail with such an error is the last.
 
         Args:
-            on: Whether to try again after an error.
+            on: Returns whether to try again after an error.
             name: What stamina's instrumentation calls the work.
         """
         # Without the arguments: stamina would log them, and they may be secret.
@@ -211,7 +211,7 @@ class Retrying:
 
 
 def may_be_repeated(error: BaseException, context: DBSessionContext) -> bool:
-    """Return whether to do the work of `context` again, which has failed with `error`."""
+    """Return whether the work of `context`, which has failed with `error`, may be done again."""
     if not is_transient_error(error):
         return False
     if context.watch_commits().durable:
@@ -221,7 +221,7 @@ def may_be_repeated(error: BaseException, context: DBSessionContext) -> bool:
 
 
 def _forbids_repetition(exc: BaseException) -> bool:
-    # With what was being handled, too: whoever fails while they look whether the work was done,
+    # With what was being handled, too: code that fails while it looks whether the work was done
     # still does not know.
     return any(
         isinstance(error, CommitOutcomeUnknownError)
@@ -231,7 +231,7 @@ def _forbids_repetition(exc: BaseException) -> bool:
 
 
 def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseException]:
-    """Yield `exc`, what it consists of, what caused it, and with its context what came before."""
+    """Yield `exc`, the members of a group, their causes, and with `with_context` their contexts."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [exc]
     while waiting:
@@ -250,7 +250,7 @@ def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseExc
 
 def _kind_of(error: BaseException) -> TransientKind | None:
     if not isinstance(error, DBAPIError):
-        # What SQLAlchemy does not wrap: some of what a driver raises while it connects.
+        # SQLAlchemy does not wrap all that a driver raises while it connects.
         kind = _kind_of_code(error)
         is_lost = _is_refused_connection(error) or _is_asyncpg_without_connection(error)
     elif is_outcome_unknown(error):
@@ -262,7 +262,7 @@ def _kind_of(error: BaseException) -> TransientKind | None:
 
 
 def _is_refused_connection(error: BaseException) -> bool:
-    # asyncio has a plain OSError for a name with several addresses, and for "no route to host".
+    # asyncio raises a plain OSError for a name with several addresses, and for "no route to host".
     if not (isinstance(error, ConnectionError) or type(error) is OSError):
         return False
     # Another service that hangs up has an error of the same type, and is none of our business.
@@ -288,7 +288,7 @@ def _kind_of_mysql_number(error: BaseException | None) -> TransientKind | None:
 
 
 def _is_asyncpg_without_connection(error: BaseException) -> bool:
-    # Lost while it is set up; or used between the server's last word and the connection's end.
+    # Lost while it is set up; or used after the server has ended it, before asyncpg has noticed.
     asyncpg = sys.modules.get("asyncpg")
     if asyncpg is None or isinstance(error, ValueError):  # a ValueError of asyncpg's: a bad option
         return False

@@ -20,7 +20,7 @@ async def new_db_session_ctx(
 ) -> AsyncGenerator[None]:
     """Open a context for a block: committed at its end, rolled back on an exception, always closed.
 
-    Inside another context it is a unit of work of its own; the outer one is back afterwards.
+    Inside another context it is a unit of work of its own; the outer one is restored afterwards.
 
         async with new_db_session_ctx():
             session = await db_session(connect)
@@ -44,8 +44,8 @@ async def run_in_new_ctx(
 ) -> T:
     """Call an async function in a context and a task of its own.
 
-    Its work is committed when it returns and rolled back when it raises, whatever becomes of the
-    caller's. Several of them run concurrently, each on its own connection:
+    Its work is committed when it returns and rolled back when it raises, independently of the
+    caller's. Several calls run concurrently, each on its own connection:
 
         users, orders = await asyncio.gather(
             run_in_new_ctx(load_users), run_in_new_ctx(load_orders, limit=10)
@@ -57,7 +57,7 @@ async def run_in_new_ctx(
         **kwargs: Its keyword arguments.
 
     Returns:
-        What it returned.
+        What the function returned.
     """
 
     async def call() -> T:

@@ -46,7 +46,7 @@ async def db_session(connect: DBConnect[SessionT]) -> SessionT:
     Raises:
         ContextNotInitiatedError: If there is no context.
         ContextClosedError: If it has ended.
-        RuntimeError: If it is a request's, which is served by another event loop.
+        RuntimeError: If the context is that of a request which another event loop serves.
     """
     context = current_context()
     if context.loop is not None and context.loop is not asyncio.get_running_loop():
@@ -74,10 +74,10 @@ def atomic_db_session(
 
     Args:
         connect: The database.
-        current_transaction: What becomes of a transaction that is open already: "commit" (the
-            default) and "rollback" end it before the block; "append" makes it the block's, which
-            commits both or rolls back both; "raise" refuses it; "savepoint" keeps it open, and an
-            exception undoes the block only. Without one the block is a transaction in any case.
+        current_transaction: What to do with a transaction that is open already: "commit" (the
+            default) and "rollback" end it before the block; "append" continues it, and the end of
+            the block commits or rolls back both; "raise" refuses it; "savepoint" keeps it open, and
+            an exception undoes the block only. If none is open, the block begins one in any case.
 
     Raises:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
@@ -134,7 +134,7 @@ async def close_db_session(connect: DBConnect) -> None:
 
 @asynccontextmanager
 async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session in no context for a block, and close it at its end.
+    """Make a session that is in no context for a block, and close it at its end.
 
     What the block does not commit is rolled back.
 
@@ -150,7 +150,7 @@ async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[Se
 
 @asynccontextmanager
 async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session in no context for a block, and commit it at its end.
+    """Make a session that is in no context for a block, and commit it at its end.
 
     An exception rolls it back.
 
@@ -166,12 +166,13 @@ async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGener
 async def create_session(
     context: DBSessionContext, connect: DBConnect[SessionT], endpoint: object = None
 ) -> SessionT:
-    """Make the session of a context, unless somebody else does meanwhile.
+    """Make the session of a context for `connect`, unless another task does so meanwhile.
 
     Args:
-        context: Of the session.
+        context: The context.
         connect: The database.
-        endpoint: What it is made for, if that does not ask itself. Default None.
+        endpoint: The endpoint that it is made for, to be named by leak detection. Default None: the
+            line that asks for it is named.
     """
     key = connect.context_key
     creating = _creating.get()
@@ -201,7 +202,7 @@ async def create_session(
         return session
 
 
-# The locks of the creations that this task is in, or was begun in: such a task may outlive them.
+# The locks of the creations in which this task is, or was started: it may outlive them.
 _creating: ContextVar[Mapping[str, asyncio.Lock]] = ContextVar(
     "creating", default=MappingProxyType({})
 )
@@ -242,7 +243,7 @@ async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
     savepoint = await session.begin_nested()
     try:
         yield
-        # SQLAlchemy's own block ends without a word a savepoint in which a flush has failed.
+        # SQLAlchemy's own block ends a savepoint in which a flush has failed without an error.
         if _is_open(session, savepoint):
             await savepoint.commit()
     except BaseException:
@@ -270,6 +271,6 @@ async def _rollback(session: AsyncSession, savepoint: AsyncSessionTransaction) -
         await savepoint.rollback()
     except Exception:
         logger.exception("A savepoint failed to roll back; its connection is discarded")
-        # Or else a commit of the transaction around it would store what shall be undone.
+        # Otherwise a commit of the transaction around it would store what was to be undone.
         for connection in connections:
             connection.invalidate()

@@ -17,8 +17,8 @@ class SettlingSend:
     """The `send` that the application gets instead of the server's.
 
     Args:
-        context: Of the request.
-        send: The server's.
+        context: The context of the request.
+        send: The server's `send`.
         app: The application.
         before_commit: Called with each session that is about to be committed.
         commit_on: Decides by the status of the response whether to commit.
@@ -29,8 +29,8 @@ class SettlingSend:
         completed: Whether the last part of its body was sent.
         commit: Whether the status of the response asks for a commit.
         failure: The error that kept a response from starting.
-        is_repeatable: Whether to try again after an error, unless this is the last attempt.
-        held: The answer to such an error, sent if the request is not tried again after all.
+        is_repeatable: Decides whether to try again after an error; None in the last attempt.
+        held: The answer to such an error, which is sent only if the request is not tried again.
     """
 
     __slots__ = (
@@ -77,8 +77,8 @@ class SettlingSend:
         if self.held:
             self.held.append(message)
             if not message.get("more_body", False):
-                # Not an Exception, which the application might catch: what it does after an answer
-                # that is not sent shall not be done.
+                # Not an Exception, which the application might catch: it must not go on after an
+                # answer that is not sent.
                 raise AnswerHeld
             return
         if message["type"] == "http.response.start":
@@ -90,7 +90,7 @@ class SettlingSend:
                     self.failure = error
                     raise
             if self.is_repeatable is not None and not self.commit:
-                # An exception handler answers from within `except`, those of Starlette do.
+                # An exception handler, such as Starlette's, answers from within `except`.
                 answered = sys.exception()
                 if isinstance(answered, Exception) and self.is_repeatable(answered):
                     self.failure = answered
@@ -99,7 +99,7 @@ class SettlingSend:
             self.started = True
         elif self.started and not message.get("more_body", False):
             if self.context.used:
-                # Whoever has the whole body shall be able to rely on what it says.
+                # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
         self.sent = True
@@ -136,7 +136,7 @@ class AnswerHeld(BaseException):
 
 def _runs_in_another_task(app: ASGIApp) -> bool:
     # Inside a BaseHTTPMiddleware of Starlette the application goes on with its body while its
-    # response is started out here, and may be inside a statement, which is nobody's mistake then.
+    # response is started out here. That it may be inside a statement is not a mistake then.
     inner: object = app
     while inner is not None:
         if any(cls.__name__ == "BaseHTTPMiddleware" for cls in type(inner).__mro__):

@@ -15,8 +15,8 @@ logger = logging.getLogger("context_async_sqlalchemy")
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` in a task of its own and wait for its end, however often the caller is cancelled.
 
-    asyncio cancels once; an anyio cancel scope cancels again at every await. The cancellation is
-    raised when the work has ended; an error of the work is logged then.
+    asyncio cancels once; an anyio cancel scope cancels again at every await. A cancellation is
+    raised once the work has ended, and an error of the work is then logged.
     """
     task = asyncio.create_task(work)
     cancellation: asyncio.CancelledError | None = None

@@ -79,15 +79,14 @@ def add_starlette_http_db_session_middleware(
 def database_lifespan(
     *connects: DBConnect, wait: bool = False
 ) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """Make the lifespan of an application, at whose end the connects are closed.
+    """Make the lifespan of an application, which closes the connects at its end.
 
         app = Starlette(lifespan=database_lifespan(connect, wait=True))
 
     Args:
         *connects: The databases.
-        wait: Whether the application starts only when each of them answers, as
-            `DBConnect.wait_until_ready` does by default, and fails to start otherwise. Default
-            False.
+        wait: Whether to wait until each of them answers, as `DBConnect.wait_until_ready` does by
+            default; the application does not start if one does not. Default False.
     """
 
     @asynccontextmanager
@@ -111,9 +110,9 @@ async def starlette_http_db_session_middleware(
     """Give a request a context, as a dispatch function for `BaseHTTPMiddleware`.
 
     Prefer `add_starlette_http_db_session_middleware`. `BaseHTTPMiddleware` runs the application in
-    a task of its own and does not say when it ends, so that this function promises less: the
-    context ends with the body, a background task gets `ContextClosedError`, and a streamed body
-    that raises is not told from one that ends.
+    a task of its own and does not say when it ends, so this function promises less: the context
+    ends with the body, a background task gets `ContextClosedError`, and a streamed body that raises
+    cannot be told from one that ends.
 
     Args:
         request: The request.
@@ -151,7 +150,7 @@ async def starlette_http_db_session_middleware(
 
 
 class _EndingResponse(Response):
-    """The response of a request, with whose end the context ends."""
+    """The response of a request, which ends the context at its own end."""
 
     def __init__(
         self, response: Response, end: Callable[[], Awaitable[None]], context: DBSessionContext
@@ -170,14 +169,14 @@ class _EndingResponse(Response):
             raise
 
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
-        # Not in __call__: the application may read the body and make another response of it.
+        # Not in __call__: another middleware may read the body and make another response of it.
         async for part in body:
             yield part
         await self._end()
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    """Return what the exception handlers of the application answer; raise `error` without one."""
+    """Return the answer of the application's exception handler; raise `error` if it has none."""
     by_class, by_status = request.scope.get("starlette.exception_handlers", ({}, {}))
     handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
     if handler is None:
