@@ -23,7 +23,7 @@ Run: TypeAlias = Callable[[], Awaitable[None]]
 
 @dataclass
 class _Waiting:
-    """A call that waits for the commit of a transaction; None: the next one of the connect."""
+    """A call that waits for the commit of a transaction; if that is None, of the next one."""
 
     run: Run
     context_key: str

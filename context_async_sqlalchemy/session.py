@@ -134,7 +134,7 @@ async def close_db_session(connect: DBConnect) -> None:
 
 @asynccontextmanager
 async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session that is in no context for a block, and close it at its end.
+    """Make a session outside of any context, and close it at the end of the block.
 
     What the block does not commit is rolled back.
 
@@ -150,7 +150,7 @@ async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[Se
 
 @asynccontextmanager
 async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session that is in no context for a block, and commit it at its end.
+    """Make a session outside of any context, and commit it at the end of the block.
 
     An exception rolls it back.
 
@@ -243,7 +243,7 @@ async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
     savepoint = await session.begin_nested()
     try:
         yield
-        # SQLAlchemy's own block ends a savepoint in which a flush has failed without an error.
+        # After a flush that has failed, SQLAlchemy's own block would end the savepoint silently.
         if _is_open(session, savepoint):
             await savepoint.commit()
     except BaseException:
