@@ -171,21 +171,13 @@ async def test_a_lost_race_is_tried_again(
     client: httpx.AsyncClient, example: TasksExample, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "stamina")
-    inserts = (
-        "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-        " AND wait_event_type = 'Lock' AND query LIKE 'INSERT INTO category%'"
-    )
-
-    async def both_wait() -> bool:
-        return len(await example.rows(inserts)) == 2
-
     async with example.outside.connection() as connection:
         await connection.execute(text("LOCK TABLE category IN SHARE MODE"))
         row, *rows = ({"title": title, "category": "shopping"} for title in ("tea", "ham", "jam"))
         requests = (client.post("/tasks", json=row), client.post("/tasks/import", json=rows))
         responses = [asyncio.create_task(request) for request in requests]
         # Both have found no such category.
-        await until(both_wait)
+        await until(lambda: wait_for_a_lock(example, "INSERT INTO category", 2))
     created, imported = await asyncio.gather(*responses)
     assert created.status_code == 201
     assert imported.json() == {"imported": 2, "failed": []}
@@ -193,6 +185,15 @@ async def test_a_lost_race_is_tried_again(
     assert await example.rows("SELECT count(DISTINCT category_id) FROM task") == [1]
     assert await example.rows("SELECT count(*) FROM task") == [3]
     assert any(record.name == "stamina" for record in caplog.records)
+
+
+async def wait_for_a_lock(example: TasksExample, statement: str, number: int) -> bool:
+    """Return whether so many transactions wait to execute a statement that begins like this."""
+    waiting = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+        f" AND wait_event_type = 'Lock' AND query LIKE '{statement}%'"
+    )
+    return len(await example.rows(waiting)) == number
 
 
 async def create(client: httpx.AsyncClient, *titles: str) -> list[int]:
@@ -226,6 +227,19 @@ async def test_background_work_that_fails_fails_alone_and_holds_nobody_up(
     processed = "SELECT title FROM task WHERE processed ORDER BY id"
     await until(lambda: rows_are(example, processed, ["tea", "bread"]))
     assert f"Task {ids[1]} was not processed" in caplog.text
+
+
+@only_postgresql
+async def test_background_work_that_lost_a_race_is_tried_again(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    ids = await create(client, "tea")
+    async with example.outside.connection() as connection:
+        await connection.execute(text("UPDATE task SET completed = true"))
+        assert (await client.post("/tasks/process", json=ids)).status_code == 202
+        await until(lambda: wait_for_a_lock(example, "UPDATE task", 1))
+    state = "SELECT completed, processed FROM task"
+    await until(lambda: rows_are(example, state, [(True, True)]))
 
 
 # The database

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from sqlalchemy.exc import IntegrityError
 
-from context_async_sqlalchemy import atomic_db_session, db_session
+from context_async_sqlalchemy import db_session, retry_on_transient_error
 from context_async_sqlalchemy.fastapi_utils import (
     add_database_exception_handlers,
     add_fastapi_http_db_session_middleware,
@@ -119,14 +119,16 @@ async def require(user: User, task_ids: list[int]) -> None:
         raise HTTPException(404)
 
 
+process_task = retry_on_transient_error(attempts=5)(services.process_task)
+
+
 async def process_in_background(user_id: UUID, task_ids: list[int]) -> None:
-    """Process each task in a transaction of its own, in the context of the request.
+    """Process each task in a context of its own, for a lost race is tried again in another one.
 
     What is still to be done when the process ends is lost: leave to the worker what must not be.
     """
     for task_id in task_ids:
         try:
-            async with atomic_db_session(connect):
-                await services.process_task(user_id, task_id)
+            await process_task(user_id, task_id)
         except Exception:
             logging.exception("Task %s was not processed", task_id)
