@@ -156,11 +156,12 @@ async def test_a_bad_row_of_an_import_fails_alone(
         {"title": "tea", "category": "never made"},
         {"title": ""},
         {"category": "shopping"},
+        {"title": "a\0b"},
         {"title": "bread", "category": "shopping"},
     ]
     report = (await client.post("/tasks/import", json=rows)).json()
     assert report["imported"] == 2
-    assert [failed["row"] for failed in report["failed"]] == [1, 2, 3]
+    assert [failed["row"] for failed in report["failed"]] == [1, 2, 3, 4]
     assert report["failed"][0]["error"] == "there already"
     assert await example.rows("SELECT title FROM task ORDER BY id") == ["tea", "milk", "bread"]
     assert await example.rows("SELECT name FROM category") == ["shopping"]
@@ -264,6 +265,17 @@ async def test_a_number_that_no_row_can_have_is_refused(
     client: httpx.AsyncClient, path: str
 ) -> None:
     assert (await client.get(path)).status_code == 422
+
+
+async def test_a_character_that_no_text_can_have_is_refused(client: httpx.AsyncClient) -> None:
+    [tea] = await create(client, "tea")
+    for response in (
+        await client.post("/users/%00"),
+        await client.post("/tasks", json={"title": "\0"}),
+        await client.post("/tasks", json={"title": "milk", "category": "\0"}),
+        await client.patch(f"/tasks/{tea}", json={"title": "\0"}),
+    ):
+        assert response.status_code == 422
 
 
 async def test_the_migrations_make_the_tables_of_the_models(

@@ -26,6 +26,7 @@ from examples.sqlmodel_tasks.models import (
     TaskCreate,
     TaskRead,
     TaskUpdate,
+    Text,
     User,
 )
 from examples.sqlmodel_tasks.repositories import TaskRepository
@@ -45,7 +46,7 @@ async def conflict(_: Request, __: Exception) -> JSONResponse:
 
 
 @app.post("/users/{name}", status_code=201)
-async def sign_up(name: Annotated[str, Path(max_length=100)]) -> str:
+async def sign_up(name: Annotated[Text, Path(max_length=100)]) -> str:
     """Return a token; where a password would be asked for, or another service trusted."""
     session = await db_session(connect)
     user = User(name=name)

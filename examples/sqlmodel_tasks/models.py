@@ -1,7 +1,9 @@
 """The tables, and what clients send and receive."""
 
+from typing import Annotated
 from uuid import UUID, uuid4
 
+from pydantic import StringConstraints
 from sqlalchemy import MetaData, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
@@ -49,15 +51,19 @@ class Task(Owned, table=True):
     deliveries_left: int = Field(default=0, index=True)  # to the worker; 0: not in the queue
 
 
+# PostgreSQL takes no NUL, which JSON and a URL can have in them.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+
+
 class TaskCreate(SQLModel):
-    title: str = Field(min_length=1, max_length=200)
-    category: str | None = Field(default=None, min_length=1, max_length=100)
+    title: Text = Field(min_length=1, max_length=200)
+    category: Text | None = Field(default=None, min_length=1, max_length=100)
 
 
 class TaskUpdate(SQLModel):
     """What is sent is changed, and the rest left as it is; null is not valid."""
 
-    title: str = Field(default="", min_length=1, max_length=200)
+    title: Text = Field(default="", min_length=1, max_length=200)
     completed: bool = False
 
 
