@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ from examples.demo import connections_out
 from examples.postgres import free_port
 from examples.serving import http_client
 from tests.programs import ROOT, until
+from tests.servers import running_module
 from tests.tasks_example import TasksExample, load_anew, sign_up, tasks_example
 
 
@@ -338,24 +339,16 @@ def test_production_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert "x" * 32 not in repr(settings)
 
 
-async def test_the_command_migrates_and_serves(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_command_migrates_and_serves(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     async with tasks_example(monkeypatch, url) as example:
         await example.execute("DROP TABLE task", "DROP TABLE category", "DROP TABLE user_account")
         await example.execute("DELETE FROM alembic_version")
-        port = free_port()
-        monkeypatch.setenv("PORT", str(port))
-        async with (
-            example.program("sqlmodel_tasks"),
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
-        ):
-
-            async def is_served() -> bool:
-                with suppress(httpx.ConnectError):
-                    return (await client.get("/health/database")).status_code == 200
-                return False
-
-            await until(is_served)
-            ann = await sign_up(client, "ann")
-            created = await client.post("/tasks", headers=ann, json={"title": "tea"})
-            assert created.status_code == 201
-            assert await example.rows("SELECT title FROM task") == ["tea"]
+        command = "examples.sqlmodel_tasks --port {port}"
+        with running_module(command, tmp_path / "log", DATABASE_URL=url) as port:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                ann = await sign_up(client, "ann")
+                created = await client.post("/tasks", headers=ann, json={"title": "tea"})
+                assert created.status_code == 201
+        assert await example.rows("SELECT title FROM task") == ["tea"]

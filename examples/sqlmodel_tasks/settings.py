@@ -12,8 +12,6 @@ class Settings(BaseSettings):
     # What pydantic says of a setting that is missing would show the others.
     model_config = SettingsConfigDict(hide_input_in_errors=True)
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     jwt_secret: SecretStr = SecretStr("known to everybody, for development only")
     database_url: SecretStr = SecretStr("sqlite:///tasks.db")
     database_echo: bool = True
