@@ -44,11 +44,11 @@ class Contact(Base):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with new_db_session_ctx():
-        session = await db_session(connect)
-        await (await session.connection()).run_sync(Base.metadata.create_all)
-    yield
-    await connect.close()
+    async with connect:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+        yield
 
 
 app = FastAPI(lifespan=lifespan)

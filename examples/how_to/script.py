@@ -34,7 +34,7 @@ async def import_prices(lines: list[str]) -> None:
 
 async def main(files: list[str]) -> int:
     failed = 0
-    try:
+    async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
             await (await session.connection()).run_sync(Base.metadata.create_all)
@@ -46,8 +46,6 @@ async def main(files: list[str]) -> int:
             except Exception:
                 logging.exception("Nothing was imported from %s", file)
                 failed += 1
-    finally:
-        await connect.close()
     return failed
 
 
