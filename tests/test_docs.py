@@ -34,6 +34,7 @@ HOME = ROOT / "docs" / "index.md"
 STARTED = ROOT / "docs" / "getting-started.md"
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
 
 
 def blocks_of(page: Path) -> list[str]:
@@ -90,7 +91,9 @@ def test_every_block_is_found() -> None:
 
 
 FENCE = re.compile(r"^(?:```|~~~)([^\n]*)\n(.*?)^(?:```|~~~)$", re.DOTALL | re.MULTILINE)
-FENCES = [(page, *fence) for page in PAGES for fence in FENCE.findall(page.read_text())]
+FENCES = [
+    (page, *fence) for page in [*PAGES, *EXAMPLES] for fence in FENCE.findall(page.read_text())
+]
 COMMANDS = [
     (page, line) for page, kind, code in FENCES if kind == "sh" for line in code.splitlines()
 ]
@@ -107,12 +110,16 @@ def test_what_a_command_names_exists(page: Path, line: str) -> None:
     while words and "=" in words[0]:  # the environment
         words = words[1:]
     match words:
-        case [] | ["curl" | "alembic" | "cd" | "docker", *_]:
+        case [] | ["curl" | "alembic" | "cd" | "docker" | "export" | "tasks" | "tasks()", *_]:
             pass
         case ["pip", "install", *packages]:
             extras = set(re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", line))))
             assert packages
             assert extras <= set(PROJECT["project"]["optional-dependencies"])
+            if page in EXAMPLES:  # which are served from a copy of the repository
+                assert "context-async-sqlalchemy" not in line
+            if "--group" in packages:
+                assert '\npip install "pip>=25.1"\n' in page.read_text()
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case ["uvicorn" | "gunicorn", name, *_]:
@@ -125,6 +132,13 @@ def test_what_a_command_names_exists(page: Path, line: str) -> None:
             assert all((ROOT / path).exists() for path in paths if not path.startswith("-"))
         case _:
             pytest.fail(f"{line!r} is of no kind that is checked")
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.parent.name)
+def test_a_readme_names_what_its_example_needs_of_the_others(page: Path) -> None:
+    sources = "".join(file.read_text() for file in page.parent.rglob("*.py"))
+    needed = set(re.findall(r"\bexamples\.(\w+)", sources)) - {page.parent.name}
+    assert needed - set(re.findall(r"\.\./(\w+)", page.read_text())) == set()
 
 
 def modules_of(source: str) -> set[str]:

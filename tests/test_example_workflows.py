@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,23 +50,36 @@ def test_an_application_does_not_start_without_its_database(example: str) -> Non
     assert "hunter2" not in result.stderr
 
 
-def test_a_user_runs_the_tests_on_sqlite(tmp_path: Path) -> None:
+def test_whoever_copies_an_example_runs_its_tests_on_sqlite(tmp_path: Path) -> None:
+    project, temporary = tmp_path / "project", tmp_path / "temporary"
+    temporary.mkdir()
+    shutil.copytree(ROOT / "examples", project / "examples", ignore=all_but_what_the_readme_names)
     url = f"sqlite:///{tmp_path / 'precious.db'}"
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"),
-            "examples/fastapi_example",
+            *("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
         ],
-        cwd=ROOT,
+        cwd=project,
         env={k: v for k, v in os.environ.items() if k != "TEST_DATABASE_URL"}
-        | {"DATABASE_URL": url, "TMPDIR": str(tmp_path)},
+        | {"DATABASE_URL": url, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert result.returncode == 0, result.stdout[-4000:]
     assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE)
-    assert list(tmp_path.iterdir()) == [], "the tests have not kept to their own database"
+    assert {*tmp_path.iterdir()} == {project, temporary}, "the tests have a database of their own"
+    assert list(temporary.iterdir()) == []
+    assert list(project.iterdir()) == [project / "examples"]
+
+
+def all_but_what_the_readme_names(directory: str, names: list[str]) -> set[str]:
+    if Path(directory) != ROOT / "examples":
+        return {"__pycache__"}
+    # The package `examples` of the repository would come before a directory of this name.
+    named = {"fastapi_example", "workflows", "serving.py", "conftest.py", "__init__.py"}
+    return set(names) - named
 
 
 def table_of(example: str) -> list[str]:
