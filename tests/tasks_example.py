@@ -48,12 +48,14 @@ class TasksExample:
                 await connection.execute(text(statement))
 
     @asynccontextmanager
-    async def program(self, module: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    async def program(
+        self, module: str, **environment: str
+    ) -> AsyncGenerator[asyncio.subprocess.Process]:
         """Run a program of the example as a process, killed at the end of the block."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-W", "error", "-m", f"examples.{module}"),
             cwd=ROOT,
-            env=os.environ | {"DATABASE_URL": self.outside.url},
+            env=os.environ | {"DATABASE_URL": self.outside.url} | environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

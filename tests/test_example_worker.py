@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from examples.postgres import free_port
 from examples.serving import http_client
 from tests.programs import until
 from tests.tasks_example import TasksExample, sign_up, tasks_example
@@ -98,6 +99,27 @@ async def test_a_worker_that_is_stopped_finishes_what_it_has_begun(example: Task
             worker.send_signal(signal.SIGTERM)
         assert await end(worker) == 0
     assert await processed(example) == ["t1"]
+
+
+@only_postgresql
+async def test_a_worker_whose_database_stays_away_ends_with_an_error(example: TasksExample) -> None:
+    url = f"postgresql://postgres@127.0.0.1:{free_port()}/tasks"
+    async with example.program("worker", DATABASE_URL=url) as worker:
+        assert await end(worker) == 1
+
+
+@only_postgresql
+async def test_a_worker_outlives_the_loss_of_its_connections(example: TasksExample) -> None:
+    async with example.program("worker") as worker:
+        await example.execute("UPDATE task SET deliveries_left = 5 WHERE id = 1")
+        await until(lambda: is_processed(example, "t1"))
+        await example.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            "UPDATE task SET deliveries_left = 5 WHERE id = 2",
+        )
+        await until(lambda: is_processed(example, "t1", "t2"))
+        assert worker.returncode is None
 
 
 @only_postgresql
