@@ -5,8 +5,6 @@ replica has the users and databases of its primary: of its URL, the host and por
 arguments are those of uvicorn, such as `--port 8001`.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

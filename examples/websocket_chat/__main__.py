@@ -1,7 +1,5 @@
 """Serve the chat; the arguments are those of uvicorn, such as `--port 8001`."""
 
-from __future__ import annotations
-
 import sys
 
 import uvicorn

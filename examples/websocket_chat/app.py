@@ -1,7 +1,5 @@
 """A chat: each message is a unit of work, and is heard by the others once it is committed."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

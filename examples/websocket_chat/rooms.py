@@ -1,7 +1,5 @@
 """Who is in which room, and gets what is said there."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
