@@ -143,9 +143,11 @@ async def test_a_task_and_its_category_are_created_together_or_not_at_all(
     for title in "milk", "bread":
         task = await client.post("/tasks", json={"title": title, "category": "shopping"})
         assert task.status_code == 201
-    [category] = await example.rows("SELECT id FROM category")
-    of_tasks = await example.rows("SELECT category_id FROM task ORDER BY id")
-    assert of_tasks == [None, category, category]
+    task = await client.post("/tasks", json={"title": "letter", "category": "errands"})
+    assert task.status_code == 201
+    of_tasks = "SELECT name FROM task LEFT JOIN category c ON c.id = category_id ORDER BY task.id"
+    assert await example.rows(of_tasks) == [None, "shopping", "shopping", "errands"]
+    assert await example.rows("SELECT name FROM category ORDER BY id") == ["shopping", "errands"]
 
 
 async def test_a_bad_row_of_an_import_fails_alone(
@@ -166,6 +168,23 @@ async def test_a_bad_row_of_an_import_fails_alone(
     assert report["failed"][0]["error"] == "there already"
     assert await example.rows("SELECT title FROM task ORDER BY id") == ["tea", "milk", "bread"]
     assert await example.rows("SELECT name FROM category") == ["shopping"]
+
+
+async def test_tasks_are_read_by_the_page_in_the_order_they_were_made(
+    client: httpx.AsyncClient, example: TasksExample
+) -> None:
+    ids = await create(client, "tea", "milk", "bread")
+    # PostgreSQL writes the row anew, behind the others.
+    await example.execute("UPDATE task SET processed = true WHERE title = 'tea'")
+    for parameters, page in (
+        ({}, ids),
+        ({"skip": 1}, ids[1:]),
+        ({"limit": 2}, ids[:2]),
+        ({"skip": 1, "limit": 1, "pending": True}, ids[1:2]),
+        ({"skip": 3}, []),
+    ):
+        tasks = (await client.get("/tasks", params=parameters)).json()
+        assert [task["id"] for task in tasks] == page
 
 
 @only_postgresql
@@ -261,6 +280,19 @@ async def test_the_application_says_that_its_database_is_away(
     assert (await client.get("/tasks")).status_code == 200
 
 
+@only_postgresql
+async def test_the_application_waits_for_its_database_before_it_starts(
+    example: TasksExample, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = example.connect.host
+    await example.connect.change_host(f"127.0.0.1:{free_port()}")
+    async with http_client(example.app) as client:
+        request = asyncio.create_task(client.get("/health/database"))
+        await until(lambda: "ConnectionRefusedError" in caplog.text)
+        await example.connect.change_host(host)
+        assert (await request).status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/tasks/2147483648", "/tasks?skip=-1", "/tasks?limit=101"])
 async def test_a_number_that_no_row_can_have_is_refused(
     client: httpx.AsyncClient, path: str
@@ -275,6 +307,18 @@ async def test_a_character_that_no_text_can_have_is_refused(client: httpx.AsyncC
         await client.post("/tasks", json={"title": "\0"}),
         await client.post("/tasks", json={"title": "milk", "category": "\0"}),
         await client.patch(f"/tasks/{tea}", json={"title": "\0"}),
+    ):
+        assert response.status_code == 422
+
+
+async def test_what_is_too_long_is_refused(client: httpx.AsyncClient) -> None:
+    for response in (
+        await client.post(f"/users/{'x' * 101}"),
+        await client.post("/tasks", json={"title": "x" * 201}),
+        await client.post("/tasks", json={"title": "tea", "category": "x" * 101}),
+        await client.post("/tasks/import", json=[{}] * 1001),
+        await client.post("/tasks/process", json=[1] * 101),
+        await client.post("/tasks/queue", json=[1] * 101),
     ):
         assert response.status_code == 422
 
@@ -337,6 +381,19 @@ def test_production_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.database_max_overflow == 7
     assert "hunter2" not in repr(settings)
     assert "x" * 32 not in repr(settings)
+
+
+async def test_the_engine_has_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"POOL_SIZE": 3, "MAX_OVERFLOW": 4, "POOL_RECYCLE": 60, "ECHO": 1}
+    variables = {f"DATABASE_{name}": str(value) for name, value in settings.items()}
+    load_anew(monkeypatch, DATABASE_URL="postgresql://app@127.0.0.1/tasks", **variables)
+    from examples.sqlmodel_tasks.database import connect
+
+    engine = await connect.create_engine()
+    pool: Any = engine.pool
+    assert (pool.size(), pool._max_overflow, pool._recycle) == (3, 4, 60)
+    assert engine.echo
+    await engine.dispose()
 
 
 async def test_the_command_migrates_and_serves(

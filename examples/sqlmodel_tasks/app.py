@@ -33,6 +33,7 @@ from examples.sqlmodel_tasks.repositories import TaskRepository
 
 TaskId = Annotated[int, Field(ge=1, lt=2**31)]
 TaskIds = Annotated[list[TaskId], Field(max_length=100)]
+Rows = Annotated[list[dict[str, Any]], Field(max_length=1000)]
 
 app = FastAPI(title="Tasks", lifespan=database_lifespan(connect, wait=True))
 add_fastapi_http_db_session_middleware(app, attempts=5)
@@ -73,7 +74,7 @@ async def read_all(
 
 
 @app.post("/tasks/import")
-async def import_rows(rows: list[dict[str, Any]], user: CurrentUser) -> ImportReport:
+async def import_rows(rows: Rows, user: CurrentUser) -> ImportReport:
     return await services.import_tasks(user.id, rows)
 
 
