@@ -208,6 +208,17 @@ async def test_a_lost_race_is_tried_again(
     assert any(record.name == "stamina" for record in caplog.records)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_on_sqlite_a_request_waits_for_the_one_before_it_and_loses_no_race(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "stamina")
+    tasks = [{"title": str(number), "category": "shopping"} for number in range(20)]
+    responses = await asyncio.gather(*(client.post("/tasks", json=task) for task in tasks))
+    assert {response.status_code for response in responses} == {201}
+    assert not any(record.name == "stamina" for record in caplog.records)
+
+
 async def wait_for_a_lock(example: TasksExample, statement: str, number: int) -> bool:
     """Return whether so many transactions wait to execute a statement that begins like this."""
     waiting = (
