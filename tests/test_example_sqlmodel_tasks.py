@@ -95,6 +95,8 @@ async def test_who_has_no_valid_token_is_refused(
         return (await client.get("/tasks", headers=headers)).status_code
 
     assert await status(jwt.encode(good, secret, "HS256")) == 200
+    issued = jwt.decode(client.headers["authorization"].split()[1], secret, ["HS256"])
+    assert issued["exp"] <= later.timestamp()
     for token in (
         "nonsense",
         jwt.encode(good, "another secret, as long as it ought to be", "HS256"),
