@@ -107,17 +107,20 @@ class DBSessionDependency:
                 sense.
         """
         connect = DBConnect.from_url(url, password, **options)
-        if self._is_owner:
-            await self.aclose()
+        # First the new one: a request that used a connect meanwhile closed would open it again.
+        replaced = self._connect if self._is_owner else None
         self._connect, self._is_owner = connect, True
         self._manages_transactions = manage_transactions
+        if replaced is not None:
+            await replaced.close()
 
     async def aclose(self) -> None:
         """Close the connect, in the lifespan of the application."""
-        if self._connect is not None:
-            await self._connect.close()
+        connect = self._connect
         if self._is_owner:
             self._connect, self._is_owner = None, False
+        if connect is not None:
+            await connect.close()
 
     async def __call__(
         self, connection: HTTPConnection, response: Response

@@ -517,6 +517,29 @@ async def test_initialized_twice_it_closes_the_first_connect(tmp_path: Any) -> N
     await dependency.aclose()
 
 
+async def test_no_request_sees_a_connect_that_is_being_closed(tmp_path: Any) -> None:
+    dependency = DBSessionDependency()
+    url = f"sqlite:///{tmp_path / 'test.db'}"
+    await dependency.initialize(url)
+    first = dependency.connect
+    await first.ping()
+    replacing = [asyncio.create_task(dependency.initialize(url)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not replacing[0].done()
+    second = dependency.connect
+    assert second is not first
+    await asyncio.gather(*replacing)
+    assert dependency.connect is second
+    await second.ping()
+    closing = asyncio.create_task(dependency.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    with pytest.raises(RuntimeError, match="not initialized"):
+        _ = dependency.connect
+    await closing
+    assert (first.engine, second.engine) == (None, None)
+
+
 async def test_a_connect_that_was_given_is_closed_and_kept(connect: DBConnect) -> None:
     dependency = DBSessionDependency(connect)
     await connect.ping()
