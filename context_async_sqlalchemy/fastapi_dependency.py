@@ -7,13 +7,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import Any, Unpack
+from typing import Any, Generic, Unpack
 
 import fastapi.routing
 from fastapi import Response
 from fastapi.requests import HTTPConnection
 from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.asgi_utils import has_context, open_request_context
@@ -24,21 +23,21 @@ from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.leak_detection import detect_leaks
 from context_async_sqlalchemy.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy.session import create_session
-from context_async_sqlalchemy.session_type import SessionOptions
+from context_async_sqlalchemy.session_type import SessionOptions, SessionT
 
 
-class ConnectOptions(EngineOptions, total=False):
+class ConnectOptions(EngineOptions, Generic[SessionT], total=False):
     """The options of `DBConnect.from_url`."""
 
-    before_create_session_handler: Callable[[DBConnect], Awaitable[None]] | None
-    session_options: SessionOptions[Any] | None
+    before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None
+    session_options: SessionOptions[SessionT] | None
     ping_after_idle: float
     idle_timeout: float | None
     min_idle: int
     leak_detection_threshold: float | None
 
 
-class DBSessionDependency:
+class DBSessionDependency(Generic[SessionT]):
     """The session of the request, as a dependency.
 
         dependency = DBSessionDependency()
@@ -51,13 +50,16 @@ class DBSessionDependency:
     starts: committed if the status is below 400, else rolled back, as after an exception. Of a
     streamed body and of background tasks that promise is not made; they need the middleware.
 
+    `DBSessionDependency[OurSession]()` is for a type checker: the class of the sessions that the
+    connect of `initialize` will make.
+
     Args:
         connect: The database. Default None: that of `initialize`.
         manage_transactions: As of `initialize`. Default True.
     """
 
     def __init__(
-        self, connect: DBConnect | None = None, *, manage_transactions: bool = True
+        self, connect: DBConnect[SessionT] | None = None, *, manage_transactions: bool = True
     ) -> None:
         _watch_endpoints()
         self._connect = connect
@@ -65,7 +67,7 @@ class DBSessionDependency:
         self._is_owner = False
 
     @property
-    def connect(self) -> DBConnect:
+    def connect(self) -> DBConnect[SessionT]:
         """The database.
 
         Raises:
@@ -85,7 +87,7 @@ class DBSessionDependency:
         password: str | None = None,
         *,
         manage_transactions: bool = True,
-        **options: Unpack[ConnectOptions],
+        **options: Unpack[ConnectOptions[SessionT]],
     ) -> None:
         """Make the connect, in the lifespan of the application; opens nothing.
 
@@ -124,7 +126,7 @@ class DBSessionDependency:
 
     async def __call__(
         self, connection: HTTPConnection, response: Response
-    ) -> AsyncGenerator[AsyncSession]:
+    ) -> AsyncGenerator[SessionT]:
         """Yield the session; called by FastAPI."""
         if connection.scope["type"] != "http":
             raise RuntimeError(
@@ -132,7 +134,7 @@ class DBSessionDependency:
                 "'async with new_db_session_ctx():', and call 'await db_session(connect)' in it."
             )
         connect = self.connect
-        session: AbstractAsyncContextManager[AsyncSession]
+        session: AbstractAsyncContextManager[SessionT]
         # A test settles itself, and looks at what was done before it rolls back.
         if self._manages_transactions or is_test_context():
             session = _managed_session(connect, connection.scope)
@@ -147,16 +149,18 @@ class DBSessionDependency:
 
 
 @asynccontextmanager
-async def _managed_session(connect: DBConnect, scope: Scope) -> AsyncGenerator[AsyncSession]:
+async def _managed_session(connect: DBConnect[SessionT], scope: Scope) -> AsyncGenerator[SessionT]:
     context = current_context()
-    session = context.by_key.get(connect.context_key)
+    session: SessionT | None = context.by_key.get(connect.context_key)
     if session is None:
         session = await create_session(context, connect, scope.get("endpoint"))
     yield session
 
 
 @asynccontextmanager
-async def _unmanaged_session(connect: DBConnect, scope: Scope) -> AsyncGenerator[AsyncSession]:
+async def _unmanaged_session(
+    connect: DBConnect[SessionT], scope: Scope
+) -> AsyncGenerator[SessionT]:
     """Yield the request's session that nobody but the application commits."""
     key = f"context_async_sqlalchemy.{connect.context_key}"
     if key in scope:

@@ -61,7 +61,7 @@ async def shared_transaction(
 
 
 @asynccontextmanager
-async def rollback_session(connection: DBConnect) -> AsyncGenerator[AsyncSession]:
+async def rollback_session(connection: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
     """Make a session for a test, and roll it back at the end.
 
     Args:
@@ -97,8 +97,8 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def put_savepoint_session_in_ctx(
-    connection: DBConnect, session: AsyncSession
-) -> AsyncGenerator[AsyncSession]:
+    connection: DBConnect[SessionT], session: AsyncSession
+) -> AsyncGenerator[SessionT]:
     """Put a session into the context that shares the connection of a test's `session`.
 
     What the application commits through it releases a savepoint, which the test's session sees,

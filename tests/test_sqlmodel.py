@@ -84,19 +84,21 @@ def test_a_table_does_not_validate() -> None:
 
 
 async def test_the_dependency_yields_the_session_of_sqlmodel(tmp_path: Path) -> None:
-    connect = DBConnect.from_url(
-        f"sqlite:///{tmp_path / 'heroes.db'}", session_options={"class_": AsyncSession}
-    )
+    dependency = DBSessionDependency[AsyncSession]()
     app = FastAPI()
 
     @app.get("/")
-    async def is_of_sqlmodel(
-        session: Annotated[Any, Depends(DBSessionDependency(connect))],
-    ) -> bool:
-        return isinstance(session, AsyncSession)
+    async def is_of_sqlmodel(session: Annotated[Any, Depends(dependency)]) -> bool:
+        of_context = await db_session(dependency.connect)
+        assert_type(of_context, AsyncSession)
+        return of_context is session and isinstance(session, AsyncSession)
 
-    async with connect, http_client(app) as client:
+    await dependency.initialize(
+        f"sqlite:///{tmp_path / 'heroes.db'}", session_options={"class_": AsyncSession}
+    )
+    async with http_client(app) as client:
         assert (await client.get("/")).json() is True
+    await dependency.aclose()
 
 
 async def test_a_relationship_is_loaded_with_its_query(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from context_async_sqlalchemy import (
     retry_on_transient_error,
     run_in_new_ctx,
 )
+from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.postgres import keep_on_primary
+from context_async_sqlalchemy.test_utils import (
+    put_savepoint_session_in_ctx,
+    rollback_session,
+    shared_transaction,
+)
 
 
 class OurSession(AsyncSession):
@@ -63,6 +69,15 @@ async def with_a_class_of_their_own(engine: AsyncEngine) -> None:
             assert_type(one, OurSession)
             assert_type(two, OurSession)
             assert_type(three, OurSession)
+        async with (
+            shared_transaction(connect) as four,
+            rollback_session(connect) as five,
+            put_savepoint_session_in_ctx(connect, five) as six,
+        ):
+            assert_type(four, OurSession)
+            assert_type(five, OurSession)
+            assert_type(six, OurSession)
+        assert_type(DBSessionDependency(connect).connect, DBConnect[OurSession])
         # Who does not care about the class takes any connect.
         await with_the_class_of_sqlalchemy(connect)
         on_commit(connect, print)
@@ -80,6 +95,17 @@ async def without_a_class() -> None:
         session_options={"expire_on_commit": True},
     ) as connect:
         assert_type(connect, DBConnect[AsyncSession])
+
+
+async def a_dependency_is_told_the_class_before_it_has_a_connect() -> None:
+    assert_type(DBSessionDependency().connect, DBConnect[AsyncSession])
+    dependency = DBSessionDependency[OurSession]()
+    assert_type(dependency.connect, DBConnect[OurSession])
+    await dependency.initialize("sqlite://", session_options={"class_": OurSession}, pool_size=2)
+    await dependency.initialize(
+        "sqlite://",
+        session_options={"class_": AsyncSession},  # type: ignore[arg-type]
+    )
 
 
 async def functions_keep_their_types() -> None:
