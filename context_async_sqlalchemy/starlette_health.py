@@ -55,25 +55,43 @@ def database_health(
 
 
 async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
-    engine: AsyncEngine | None = None
+    asking = asyncio.create_task(_ask(connect))
+    _asking.add(asking)
+    asking.add_done_callback(_asking.discard)
     try:
         async with asyncio.timeout(seconds):
-            # Its handler may be what chooses the host.
-            await connect.session_maker()
-            engine = await connect.create_engine()
-            guard(engine)  # a creator may return one that is in use
-            try:
-                async with engine.connect() as connection:
-                    await connection.execute(select(1))
-            finally:
-                await run_to_completion(close_engine(engine))
+            return await asyncio.shield(asking)
+    except TimeoutError:
+        logger.warning(
+            "The database of %r is not healthy: no answer within %s seconds", connect, seconds
+        )
+        return False
+    finally:
+        # Not waited for: drivers take seconds to close a connection to a server that is silent.
+        asking.cancel()
+
+
+async def _ask(connect: DBConnect) -> bool:
+    engine: AsyncEngine | None = None
+    try:
+        # Its handler may be what chooses the host.
+        await connect.session_maker()
+        engine = await connect.create_engine()
+        guard(engine)  # a creator may return one that is in use
+        try:
+            async with engine.connect() as connection:
+                await connection.execute(select(1))
+        finally:
+            await run_to_completion(close_engine(engine))
     except Exception as error:
-        reason = hide_password(str(error), engine or connect.engine)
         logger.warning(
             "The database of %r is not healthy: %s: %s",
             connect,
             type(error).__name__,
-            reason or f"no answer within {seconds} seconds",
+            hide_password(str(error), engine or connect.engine),
         )
         return False
     return True
+
+
+_asking: set[asyncio.Task[bool]] = set()  # a loop has only weak references to its tasks

@@ -20,6 +20,7 @@ from context_async_sqlalchemy.starlette_utils import database_health, database_l
 from examples.postgres import free_port
 from examples.serving import http_client
 from tests.conftest import Database, make_connect
+from tests.programs import until
 from tests.proxy import Call, Fault, proxy
 
 
@@ -99,9 +100,11 @@ async def test_a_password_in_the_message_of_an_error_is_not_logged(
     assert "no route for ***, postgresql://app:***@db/shop" in record.getMessage()
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_database_that_says_nothing_is_not_healthy_after_the_timeout(
-    database_url: URL, database: Database, caplog: pytest.LogCaptureFixture
+    database_url: URL, database: Database, caplog: pytest.LogCaptureFixture, driver: str
 ) -> None:
+    tasks = asyncio.all_tasks()
     silent = asyncio.Event()
 
     async def hang(call: Call) -> Fault | None:
@@ -112,14 +115,18 @@ async def test_a_database_that_says_nothing_is_not_healthy_after_the_timeout(
 
     assert database_url.host is not None
     assert database_url.port is not None
-    async with (
-        proxy(database_url.host, database_url.port, hang) as port,
-        make_connect(database_url.set(host="127.0.0.1", port=port)) as connect,
-    ):
-        async with asyncio.timeout(10):
-            assert (await health_of(make_starlette(connect, timeout=0.5)))[0] == 503
+    async with proxy(database_url.host, database_url.port, hang) as port:
+        url = database_url.set(drivername=f"postgresql+{driver}", host="127.0.0.1", port=port)
+        async with (
+            make_connect(url) as connect,
+            http_client(make_starlette(connect, timeout=0.5)) as client,
+        ):
+            # asyncpg closes such a connection in 2 seconds, psycopg in 5.
+            async with asyncio.timeout(2):
+                assert (await client.get("/health")).status_code == 503
     assert silent.is_set()
     assert "no answer within 0.5 seconds" in caplog.text
+    await until(lambda: asyncio.all_tasks() <= tasks)
     await database.is_left_by_all()
 
 
