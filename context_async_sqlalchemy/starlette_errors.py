@@ -25,8 +25,7 @@ def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> Non
     """Answer transient errors of the database with a status that says so, instead of 500.
 
     503 with `Retry-After`: the database cannot be reached, was lost, starts up or shuts down, or
-    has too many connections; or no connection was to be had in time, from it
-    or from the pool.
+    has too many connections; or no connection was to be had in time, from it or from the pool.
 
     409: the request lost a serialization race, a deadlock or a lock. Not 503, which tells a load
     balancer that this process is not well.
@@ -52,18 +51,22 @@ def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> Non
         raise ValueError(f"retry_after must be at least 0 seconds, not {retry_after}")
     handler = _Handler(retry_after)
     for cls in _classes():
-        handler.add_to(app, cls)
+        if cls not in app.exception_handlers:  # the application's own comes first
+            app.add_exception_handler(cls, handler.handle)
+
+
+async def call_handler(
+    handler: Callable[..., Any], connection: HTTPConnection, error: Exception
+) -> Response:
+    """Call an exception handler, a plain function in a thread, as Starlette does."""
+    if inspect.iscoroutinefunction(handler):
+        return await handler(connection, error)  # type: ignore[no-any-return]
+    return await run_in_threadpool(handler, connection, error)
 
 
 class _Handler:
     def __init__(self, retry_after: int) -> None:
         self._headers = {"Retry-After": str(retry_after)}
-        self._classes: set[type[Exception]] = set()
-
-    def add_to(self, app: Starlette, cls: type[Exception]) -> None:
-        if cls not in app.exception_handlers:  # the application's own comes first
-            self._classes.add(cls)
-            app.add_exception_handler(cls, self.handle)
 
     async def handle(self, connection: HTTPConnection, error: Exception) -> Response:
         # A WebSocket that was accepted can be sent no response.
@@ -86,12 +89,9 @@ class _Handler:
         """Do what would be done without this handler."""
         by_class, _ = connection.scope.get("starlette.exception_handlers", ({}, {}))
         for cls in type(error).__mro__:
-            handler: Callable[..., Any] | None = by_class.get(cls)
-            if handler is None or cls in self._classes:
-                continue
-            if inspect.iscoroutinefunction(handler):
-                return await handler(connection, error)  # type: ignore[no-any-return]
-            return await run_in_threadpool(handler, connection, error)
+            handler = by_class.get(cls)
+            if handler is not None and handler != self.handle:
+                return await call_handler(handler, connection, error)
         # To the server-error middleware, which answers 500.
         raise error
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
@@ -32,7 +30,10 @@ from context_async_sqlalchemy.auto_commit import (
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import DBSessionContext
 from context_async_sqlalchemy.release import wait_until_idle
-from context_async_sqlalchemy.starlette_errors import add_database_exception_handlers
+from context_async_sqlalchemy.starlette_errors import (
+    add_database_exception_handlers,
+    call_handler,
+)
 from context_async_sqlalchemy.starlette_health import database_health
 
 __all__ = [
@@ -183,8 +184,4 @@ async def _handle(request: Request, error: Exception) -> Response:
         handler = next((by_class[cls] for cls in type(error).__mro__ if cls in by_class), None)
     if handler is None:
         raise error
-    if inspect.iscoroutinefunction(handler):
-        response = await handler(request, error)
-    else:
-        response = await run_in_threadpool(handler, request, error)
-    return cast(Response, response)
+    return await call_handler(handler, request, error)
