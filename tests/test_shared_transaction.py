@@ -500,6 +500,28 @@ async def test_a_task_that_outlives_the_test_is_refused(tested: DBConnect) -> No
     assert await names_after(tested) == []
 
 
+async def test_each_of_two_databases_has_a_transaction_of_its_own(
+    connect: DBConnect, second_connect: DBConnect, database: Database
+) -> None:
+    async def insert(suffix: str) -> None:
+        for number, each in enumerate((connect, second_connect)):
+            session = await db_session(each)
+            session.add(Item(name=f"{number} {suffix}"))
+            await session.flush()
+
+    async def fail() -> None:
+        await insert("undone")
+        raise ZeroDivisionError
+
+    async with shared_transaction(connect) as one, shared_transaction(second_connect) as two:
+        await asyncio.gather(*(run_in_new_ctx(insert, suffix) for suffix in "ab"))
+        with pytest.raises(ZeroDivisionError):
+            await run_in_new_ctx(fail)
+        assert sorted(await names_in(one)) == ["0 a", "0 b"]
+        assert sorted(await names_in(two)) == ["1 a", "1 b"]
+    assert await database.names() == []
+
+
 async def test_only_one_transaction_is_open_for_a_connect(tested: DBConnect) -> None:
     async with shared_transaction(tested) as session:
         with pytest.raises(RuntimeError, match="open already"):
