@@ -1,52 +1,47 @@
-"""One connection in one transaction, lent to many: their savepoints, and their turns."""
+"""One connection in one transaction, lent to many, each of whom has a savepoint."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-from context_async_sqlalchemy.context import contexts_here
-from context_async_sqlalchemy.guards import connections_of
 from context_async_sqlalchemy.lent_connection import LentConnection
 from context_async_sqlalchemy.shield import logger, run_to_completion
+from context_async_sqlalchemy.turns import Turns
 
 
 class SharedConnection:
     """A connection in a transaction that is never committed.
 
-    Those to whom it is lent take turns, from the first statement of a transaction to its end, but
-    for those that begin inside the transaction of another one, whose savepoint encloses theirs.
+    To each of those to whom it is lent a savepoint is the transaction, inside that of the one whose
+    turn it was before.
 
     Args:
         connection: The connection.
         timeout: How long to wait for a turn, in seconds.
 
     Attributes:
-        enclosing: The session in whose transaction everybody may begin.
+        driver: The connection, as SQLAlchemy adapts it.
+        turns: Whose turn it is.
     """
 
     def __init__(self, connection: AsyncConnection, timeout: float) -> None:
-        self.enclosing: AsyncSession | None = None
         self.driver: Any = None
+        self.turns = Turns(timeout)
         self._info: dict[Any, Any] = {}
         self._connection = connection
-        self._timeout = timeout
-        self._open: list[LentConnection] = []  # each inside the savepoint of the one before it
-        self._changed = asyncio.Event()
         self._lock = asyncio.Lock()
         self._undoing: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._autocommit = False
-        self._has_ended = False
         self._is_lost = False
         self._checks_at_commit = False
 
@@ -69,12 +64,11 @@ class SharedConnection:
 
     async def end(self) -> None:
         """Roll everything back; whoever goes on is refused."""
-        self._has_ended = True
-        self._notify()
+        self.turns.stop()
         try:
             if self._undoing:
                 await asyncio.wait(self._undoing)
-            if self._open:
+            if self.turns.open:
                 # A task outlives the test, and may be inside a statement.
                 await self._connection.invalidate()
             else:
@@ -94,17 +88,12 @@ class SharedConnection:
         """Wait until `lent` may execute a statement; set its savepoint before the first one."""
         self._check(lent)
         if not lent.has_begun:
-            if not self._may_begin():
-                await_only(self._wait_until(self._may_begin))
-                self._check(lent)
+            self.turns.wait_to_begin()
+            self._check(lent)
             self._begin(lent)
             return
-        self._notify()  # by now it is known whose it is
-        if self._open[-1] is not lent:
-            if self._open[-1] in _open_here.get():
-                raise InvalidRequestError(_INTERLEAVED)
-            await_only(self._wait_until(lambda: lent not in self._open or self._open[-1] is lent))
-            self._check(lent)
+        self.turns.wait_for(lent)
+        self._check(lent)
         if lent.autocommit:
             with self._alone():
                 self._store(lent)
@@ -117,30 +106,30 @@ class SharedConnection:
         with self._alone():
             self._check(lent)
             # What has begun inside it goes on.
-            if self._open[-1] is lent:
+            if self.turns.has(lent):
                 self._check_constraints()
                 self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
-            self._close(lent)
+            self.turns.end(lent)
 
     def rollback(self, lent: LentConnection) -> None:
         """Undo what was done since the savepoint of `lent`, also by those inside it."""
         if not lent.has_begun:
             return
         with self._alone():
-            if lent not in self._open or self._has_ended:
+            if lent not in self.turns.open or self.turns.have_ended:
                 lent.has_begun = False
             elif lent.autocommit:
-                if self._open[-1] is lent:
+                if self.turns.has(lent):
                     self._store(lent)
                 else:  # as in a commit
-                    self._close(lent)
+                    self.turns.end(lent)
             else:
                 self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
-                self._close(lent, and_inside=True)
+                self.turns.end(lent, and_inside=True)
 
     def discard(self, lent: LentConnection) -> None:
         """Undo the work of `lent`, whose task was cancelled, or which nobody has any more."""
-        if lent not in self._open or self._has_ended or lent.is_discarded:
+        if lent not in self.turns.open or self.turns.have_ended or lent.is_discarded:
             return
         lent.is_discarded = True
         task = self._loop.create_task(greenlet_spawn(self._undo, lent))
@@ -151,7 +140,7 @@ class SharedConnection:
 
     def has_turn(self, lent: LentConnection) -> bool:
         """Return whether a statement that the driver executes is one of `lent`."""
-        return bool(self._open) and self._open[-1] is lent
+        return self.turns.has(lent)
 
     def execute(self, statement: str) -> Any:
         """Execute a statement; return the first row, if there is any."""
@@ -162,53 +151,23 @@ class SharedConnection:
         finally:
             cursor.close()
 
-    def _may_begin(self) -> bool:
-        if not self._open or self._has_ended:
-            return True
-        holder = self._open[-1]
-        if holder.is_discarded:
-            return False
-        if holder in _open_here.get():
-            return True
-        # The session of a context may have begun in a child task, as inside a gather().
-        sessions = [s for context in contexts_here() for s in context.sessions]
-        if self.enclosing is not None:
-            sessions.append(self.enclosing)
-        return any(
-            connection.connection.dbapi_connection is holder
-            for session in sessions
-            for connection in connections_of(session)
-        )
-
-    async def _wait_until(self, condition: Callable[[], bool]) -> None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                while not (condition() or self._has_ended):
-                    await self._changed.wait()
-        except TimeoutError:
-            raise InvalidRequestError(_NO_TURN.format(timeout=self._timeout)) from None
-
     def _check(self, lent: LentConnection) -> None:
-        if self._has_ended:
+        if self.turns.have_ended:
             raise InvalidRequestError(_ENDED)
         if self._is_lost:
             raise InvalidRequestError(_LOST)
-        if lent.has_begun and lent not in self._open:
+        if lent.has_begun and lent not in self.turns.open:
             raise InvalidRequestError(_UNDONE)
 
     def _begin(self, lent: LentConnection) -> None:
-        # The driver prepares each statement once: there should not be more names than it takes.
-        lent.depth = self._open[-1].depth + 1 if self._open else 0
         # First the turn, then the savepoint: nobody else shall begin meanwhile.
-        self._open.append(lent)
-        lent.has_begun = True
-        _open_here.set((*(other for other in _open_here.get() if other in self._open), lent))
+        self.turns.begin(lent)
         with self._alone():
             self._check(lent)
             try:
                 self._set_savepoint(lent)
             except Exception:
-                self._close(lent)
+                self.turns.end(lent)
                 self._is_lost = True
                 raise
             self._check(lent)
@@ -219,13 +178,13 @@ class SharedConnection:
             # Were it cancelled, the transaction around it would be aborted.
             await_only(run_to_completion(greenlet_spawn(self.execute, statement)))
         except Exception:
-            if len(self._open) < 2:
+            if len(self.turns.open) < 2:
                 raise
             # A statement of the one around it has failed: that can only be rolled back any more.
-            around = self._open[-2]
+            around = self.turns.open[-2]
             self.execute(f"ROLLBACK TO SAVEPOINT {around.savepoint}")
             if not around.autocommit:
-                self._open.remove(around)
+                self.turns.open.remove(around)
             self.execute(statement)
         if lent.readonly:
             self.execute("SET TRANSACTION READ ONLY")
@@ -236,11 +195,11 @@ class SharedConnection:
             self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
         except Exception:
             self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
-        self._close(lent)
+        self.turns.end(lent)
 
     def _undo(self, lent: LentConnection) -> None:
         with self._alone():
-            if lent not in self._open or self._has_ended:
+            if lent not in self.turns.open or self.turns.have_ended:
                 return
             try:
                 self._roll_back_what_was_cancelled(lent)
@@ -248,7 +207,7 @@ class SharedConnection:
                 self._is_lost = True
                 logger.exception("A savepoint of a test's transaction failed to roll back")
             finally:
-                self._close(lent, and_inside=True)
+                self.turns.end(lent, and_inside=True)
 
     def _roll_back_what_was_cancelled(self, lent: LentConnection) -> None:
         try:
@@ -272,17 +231,6 @@ class SharedConnection:
         finally:
             self._lock.release()
 
-    def _close(self, lent: LentConnection, and_inside: bool = False) -> None:
-        lent.has_begun = False
-        if lent in self._open:
-            index = self._open.index(lent)
-            del self._open[index : None if and_inside else index + 1]
-        self._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
     def _check_constraints(self) -> None:
         """Let deferred constraints fail now: the COMMIT that checks them never comes."""
         if not self._checks_at_commit and self._connection.dialect.name == "postgresql":
@@ -298,20 +246,8 @@ async def _wait_for(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-# Those whose transaction was begun in this task, or in the one that it is a child of, before it.
-_open_here: ContextVar[tuple[LentConnection, ...]] = ContextVar("open_here", default=())
-
 _ENDED = "The transaction of the test has ended: await every task before the end of the test."
 _LOST = (
     "The connection of the test's transaction was lost, and with it all that the test has written."
 )
 _UNDONE = "The transaction around this one was rolled back, and this one with it."
-_INTERLEAVED = (
-    "This task has begun another transaction on the connection of the test, and not ended it: end "
-    "the inner one before going on with the outer one. In a test, all sessions share a connection."
-)
-_NO_TURN = (
-    "Another session has had a transaction open on the connection of the test for more than "
-    "{timeout} seconds. In a test, all sessions share a connection, and take turns: does the one "
-    "that holds it wait for this one?"
-)

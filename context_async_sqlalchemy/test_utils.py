@@ -53,7 +53,7 @@ async def shared_transaction(
     await connect.session_maker()  # runs the handler, which may set the host
     async with connect._engines.pin() as opened, share_connection(opened.engine, timeout) as shared:
         session: SessionT = opened.session_maker()
-        shared.enclosing = session
+        shared.turns.enclosing = session
         try:
             yield session
         finally:
