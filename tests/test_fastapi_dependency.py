@@ -18,6 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
+    ContextClosedError,
     DBConnect,
     commit_after_response,
     db_session,
@@ -392,6 +393,51 @@ async def test_an_endpoint_that_calls_another_application_is_not_settled_by_it(
     assert await database.names() == []
 
 
+async def test_a_task_that_calls_the_endpoint_by_another_route_does_not_settle_the_request(
+    connect: DBConnect, database: Database
+) -> None:
+    app = FastAPI()
+
+    async def endpoint(request: Request) -> Response:
+        if request.method == "GET":
+            return Response()
+        await add(connect, "a")
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            await asyncio.create_task(client.get("/"))
+        assert await database.names() == []
+        return Response(status_code=404)
+
+    dependencies = [Depends(DBSessionDependency(connect))]
+    app.add_api_route("/", endpoint, methods=["POST"], dependencies=dependencies)
+    app.add_api_route("/", endpoint, methods=["GET"])
+    async with http_client(app) as client:
+        assert (await client.post("/")).status_code == 404
+    assert await database.names() == []
+
+
+@every_way
+@pytest.mark.parametrize("manages", [True, False])
+async def test_a_session_is_refused_after_its_request(
+    connect: DBConnect, database: Database, add_middleware: Adder, manages: bool
+) -> None:
+    app = FastAPI()
+    add_middleware(app)
+    dependency = DBSessionDependency(connect, manage_transactions=manages)
+    kept: list[AsyncSession] = []
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> None:
+        await insert_item(session, "a")
+        kept.append(session)
+
+    async with http_client(app) as client:
+        assert (await client.post("/")).status_code == 200
+    with pytest.raises(ContextClosedError):
+        await insert_item(kept[0], "b")
+    assert await database.names() == (["a"] if manages else [])
+
+
 @every_way
 async def test_without_managed_transactions_nothing_is_committed_for_the_application(
     connect: DBConnect, database: Database, add_middleware: Adder
@@ -501,6 +547,13 @@ async def test_it_is_initialized_and_closed_in_the_lifespan(
         with pytest.raises(RuntimeError, match="not initialized"):
             _ = dependency.connect
     assert levels == [(isolation_level or "read committed").lower()] * 2
+
+
+async def test_it_is_initialized_with_a_password_of_its_own() -> None:
+    dependency = DBSessionDependency()
+    await dependency.initialize("postgresql://app@db.example.com/shop", "p@ss/word")
+    engine = await dependency.connect.create_engine()
+    assert (engine.url.username, engine.url.password) == ("app", "p@ss/word")
 
 
 async def test_initialized_twice_it_closes_the_first_connect(tmp_path: Any) -> None:
