@@ -3,8 +3,10 @@
 # No `from __future__ import annotations`: FastAPI reads annotations that name local variables.
 
 import asyncio
+import inspect
 import logging
-from collections.abc import AsyncGenerator, Callable
+import sys
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -56,7 +58,8 @@ Adder = Callable[[FastAPI], None]
 WAYS = [add_nothing, add_other_middleware, add_fastapi_http_db_session_middleware, add_dispatch]
 every_way = pytest.mark.parametrize("add_middleware", WAYS)
 # FastAPI 0.118 was the first to end dependencies after the response.
-ENDS_LATE = "fastapi_inner_astack" in (fastapi.routing.__loader__.get_source("fastapi.routing"))  # type: ignore[union-attr]
+SOURCE = inspect.getsource(fastapi.routing)
+ENDS_LATE = "fastapi_inner_astack" in SOURCE
 
 
 async def insert_item(session: AsyncSession, name: str) -> None:
@@ -274,6 +277,33 @@ async def test_a_body_is_committed_or_refused(
     assert await database.names() == (["body"] if is_covered else [])
 
 
+@pytest.mark.skipif(
+    "application/jsonl" not in SOURCE,
+    reason="this FastAPI streams no generator that is an endpoint",
+)
+@pytest.mark.parametrize("add_middleware", [add_nothing, add_fastapi_http_db_session_middleware])
+async def test_what_an_endpoint_writes_that_is_a_generator_is_committed_if_it_ends_well(
+    connect: DBConnect, database: Database, add_middleware: Adder
+) -> None:
+    app = FastAPI()
+    add_middleware(app)
+
+    @app.post("/{name}")
+    async def endpoint(
+        name: str, session: Annotated[AsyncSession, Depends(DBSessionDependency(connect))]
+    ) -> AsyncIterable[str]:
+        await insert_item(session, name)
+        yield name
+        if name == "bad":
+            raise ValueError
+
+    async with http_client(app) as client:
+        assert (await client.post("/good")).json() == "good"
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post("/bad")
+    assert await database.names() == ["good"]
+
+
 @pytest.mark.parametrize("add_middleware", [add_nothing, add_fastapi_http_db_session_middleware])
 async def test_what_fails_after_the_endpoint_is_no_success(
     connect: DBConnect, database: Database, add_middleware: Adder
@@ -438,6 +468,44 @@ async def test_a_session_is_refused_after_its_request(
     assert await database.names() == (["a"] if manages else [])
 
 
+@pytest.mark.parametrize("add_middleware", WAYS[:3])
+@pytest.mark.parametrize("manages", [True, False])
+async def test_a_scope_that_somebody_sends_again_is_another_request(
+    connect: DBConnect, database: Database, add_middleware: Adder, manages: bool
+) -> None:
+    app = FastAPI()
+    add_middleware(app)
+    dependency = DBSessionDependency(connect, manage_transactions=manages)
+    sessions: list[AsyncSession] = []
+
+    @app.post("/")
+    async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> None:
+        sessions.append(session)
+        await insert_item(session, str(len(sessions)))
+        await session.commit()
+
+    async def twice(scope: Any, receive: Any, send: Any) -> None:
+        async def ignore(_: Any) -> None: ...
+
+        if scope["type"] == "http":
+            await app(scope, receive, ignore)
+        await app(scope, receive, send)
+
+    async with http_client(twice) as client:
+        assert (await client.post("/")).status_code == 200
+    assert sessions[0] is not sessions[1]
+    assert await database.names() == ["1", "2"]
+
+
+async def test_an_application_made_for_each_test_may_have_a_dependency_each_time(
+    connect: DBConnect, database: Database
+) -> None:
+    for _ in range(sys.getrecursionlimit()):
+        dependency = DBSessionDependency(connect)
+    async with served(dependency, database) as client:
+        assert (await client.post("/shared?user=ann")).status_code == 200
+
+
 @every_way
 async def test_without_managed_transactions_nothing_is_committed_for_the_application(
     connect: DBConnect, database: Database, add_middleware: Adder
@@ -447,6 +515,20 @@ async def test_without_managed_transactions_nothing_is_committed_for_the_applica
         assert (await client.post("/own")).status_code == 200
         assert (await client.post("/shared?user=ann")).status_code == 200
     assert await database.names() == ["committed"]
+
+
+async def test_initialize_decides_who_manages_transactions(
+    database_url: URL, database: Database
+) -> None:
+    dependency = DBSessionDependency()
+    await dependency.initialize(database_url, manage_transactions=False)
+    async with served(dependency, database) as client:
+        assert (await client.post("/own")).status_code == 200
+        assert await database.names() == ["committed"]
+        await dependency.initialize(database_url)
+        assert (await client.post("/shared?user=ann")).status_code == 200
+    assert await database.names() == ["committed", "ann", "service", "endpoint"]
+    await dependency.aclose()
 
 
 async def test_a_request_of_which_the_application_has_committed_a_part_is_not_repeated(

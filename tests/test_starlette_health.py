@@ -130,6 +130,22 @@ async def test_a_database_that_says_nothing_is_not_healthy_after_the_timeout(
     await database.is_left_by_all()
 
 
+async def test_what_has_not_ended_in_time_is_cancelled() -> None:
+    cancelled = asyncio.Event()
+
+    async def create_engine(_: str) -> AsyncEngine:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        raise AssertionError
+
+    connect = DBConnect(create_engine, async_sessionmaker, host="silent")
+    assert (await health_of(make_starlette(connect, timeout=0.1)))[0] == 503
+    async with asyncio.timeout(10):
+        await cancelled.wait()
+
+
 @pytest.mark.parametrize("name", ["file", "memory"])
 async def test_a_database_without_a_host_is_healthy(tmp_path: Path, name: str) -> None:
     url = "sqlite://" if name == "memory" else f"sqlite:///{tmp_path / 'health.db'}"
