@@ -210,11 +210,15 @@ async def test_no_answer_and_no_log_shows_a_statement_or_a_password(
             {"secret": "hunter2"},
         )
 
+    async def fail_with_the_url() -> None:
+        reason = OSError("cannot reach postgresql://app:hunter2@db.example.com/shop")
+        raise OperationalError("SELECT 'hunter2'", {}, reason, connection_invalidated=True)
+
     with caplog.at_level(logging.WARNING, "context_async_sqlalchemy"):
-        for app in app_of(work), app_of(lose):
+        for app in app_of(work), app_of(lose), app_of(fail_with_the_url):
             assert await answer_of(app) == UNAVAILABLE
     records = [r for r in caplog.records if r.name == "context_async_sqlalchemy"]
-    assert len(records) == 2
+    assert len(records) == 3
     assert all("answered with 503" in r.getMessage() for r in records)
     assert not any("hunter2" in r.getMessage() or r.exc_info for r in records)
 

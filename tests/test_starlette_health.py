@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
 from examples.postgres import free_port
 from examples.serving import http_client
@@ -156,6 +158,21 @@ async def test_a_database_without_a_host_is_healthy(tmp_path: Path, name: str) -
         assert (await health_of(make_starlette(connect)))[0] == 200
         async with new_non_ctx_session(connect) as session:
             await session.execute(text("SELECT * FROM kept"))
+
+
+async def test_the_route_of_a_dependency_is_added_when_it_is_initialized(tmp_path: Path) -> None:
+    dependency = DBSessionDependency()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        await dependency.initialize(f"sqlite:///{tmp_path / 'health.db'}")
+        app.add_api_route("/health", database_health(dependency.connect))
+        yield
+        await dependency.aclose()
+
+    with pytest.raises(RuntimeError, match="not initialized"):
+        database_health(dependency.connect)
+    assert (await health_of(FastAPI(lifespan=lifespan)))[0] == 200
 
 
 async def test_the_handler_of_the_connect_chooses_the_host(database_url: URL) -> None:
