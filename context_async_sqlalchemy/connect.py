@@ -19,7 +19,7 @@ from context_async_sqlalchemy.pools import PoolStatus, pool_status
 from context_async_sqlalchemy.redaction import hide_password
 from context_async_sqlalchemy.release import close_sessions
 from context_async_sqlalchemy.session_type import SessionOptions, SessionT_co
-from context_async_sqlalchemy.shield import logger
+from context_async_sqlalchemy.shield import logger, result_within
 
 _numbers = itertools.count(1)
 
@@ -221,8 +221,7 @@ class DBConnect(Generic[SessionT_co]):
             TimeoutError: If there is no answer in time.
             Exception: What SQLAlchemy or the driver raises if the database cannot be reached.
         """
-        async with asyncio.timeout(timeout):
-            await self._execute(select(1))
+        await result_within(timeout, self._execute(select(1)))
 
     async def wait_until_ready(
         self, statement: Select[Any] | None = None, attempts: int = 5, delay: float = 2.0

@@ -1,4 +1,4 @@
-"""Work that a cancellation does not tear apart."""
+"""Work that a cancellation does not tear apart, and work that is not waited for."""
 
 from __future__ import annotations
 
@@ -30,3 +30,30 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("Database work failed after its task was cancelled", exc_info=error)
     raise cancellation
+
+
+async def result_within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in a task of its own; after `seconds`, cancel it and do not wait for its end.
+
+    Drivers take seconds to close a connection to a server that is silent.
+
+    Raises:
+        TimeoutError: If the work has not ended in time.
+    """
+    task = asyncio.create_task(work)
+    _running.add(task)
+    task.add_done_callback(_forget)
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(task)
+    finally:
+        task.cancel()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _running.discard(task)
+    if not task.cancelled():
+        task.exception()  # or else asyncio would report that nobody has asked for it
+
+
+_running: set[asyncio.Task[Any]] = set()  # a loop has only weak references to its tasks

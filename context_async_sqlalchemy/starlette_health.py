@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
@@ -15,7 +14,7 @@ from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.engines import close_engine
 from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.redaction import hide_password
-from context_async_sqlalchemy.shield import logger, run_to_completion
+from context_async_sqlalchemy.shield import logger, result_within, run_to_completion
 
 
 def database_health(
@@ -55,20 +54,13 @@ def database_health(
 
 
 async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
-    asking = asyncio.create_task(_ask(connect))
-    _asking.add(asking)
-    asking.add_done_callback(_asking.discard)
     try:
-        async with asyncio.timeout(seconds):
-            return await asyncio.shield(asking)
+        return await result_within(seconds, _ask(connect))
     except TimeoutError:
         logger.warning(
             "The database of %r is not healthy: no answer within %s seconds", connect, seconds
         )
         return False
-    finally:
-        # Not waited for: drivers take seconds to close a connection to a server that is silent.
-        asking.cancel()
 
 
 async def _ask(connect: DBConnect) -> bool:
@@ -92,6 +84,3 @@ async def _ask(connect: DBConnect) -> bool:
         )
         return False
     return True
-
-
-_asking: set[asyncio.Task[bool]] = set()  # a loop has only weak references to its tasks
