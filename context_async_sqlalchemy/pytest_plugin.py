@@ -19,7 +19,6 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -88,10 +87,12 @@ async def _close_with_loop(connect: DBConnect[Any]) -> None:
 
 
 async def _close_in_the_end(connect: DBConnect[Any]) -> AsyncGenerator[None]:
-    async with connect:
-        yield
+    try:
+        async with connect:
+            yield
+    finally:
+        _closing.pop(asyncio.get_running_loop(), None)
 
 
-_closing: WeakKeyDictionary[
-    asyncio.AbstractEventLoop, dict[DBConnect[Any], AsyncGenerator[None]]
-] = WeakKeyDictionary()
+# What is closed at the end of each loop.
+_closing: dict[asyncio.AbstractEventLoop, dict[DBConnect[Any], AsyncGenerator[None]]] = {}

@@ -26,7 +26,7 @@ from examples.demo import connections_out
 from examples.postgres import postgres_server
 from tests.models import Base
 from tests.pgbouncer import CONNECT_ARGS
-from tests.programs import Outside, connects_of, load_program
+from tests.programs import Outside, connects_of, load_program, until
 
 _resources = ExitStack()
 
@@ -167,9 +167,15 @@ async def database(database_url: URL) -> AsyncGenerator[Database]:
     # A test that left something open shall fail, not hang.
     await connection.execute("SET lock_timeout = '10s'")
     database = Database(connection)
+    # The server may not have noticed yet that a test before this one has cut a connection.
+    await until(lambda: _is_quiet(database))
     await database.empty()
     yield database
     await connection.close()
+
+
+async def _is_quiet(database: Database) -> bool:
+    return not await database.states()
 
 
 @pytest_asyncio.fixture

@@ -15,7 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from context_async_sqlalchemy import DBConnect, new_non_ctx_atomic_session, run_in_new_ctx
+from context_async_sqlalchemy import (
+    DBConnect,
+    new_non_ctx_atomic_session,
+    pytest_plugin,
+    run_in_new_ctx,
+)
 from context_async_sqlalchemy.pytest_plugin import shared_client, shared_session
 from tests.models import Base, Item
 from tests.programs import ROOT, Outside
@@ -111,6 +116,12 @@ async def test_the_program_of_the_page_passes_under_each_plugin(
     finally:
         async with Outside(url).connection() as connection:
             await connection.exec_driver_sql("DROP TABLE IF EXISTS how_to_guest")
+
+
+def test_the_loop_of_a_test_that_has_ended_is_not_kept(db_connect: DBConnect) -> None:
+    for _ in range(3):
+        asyncio.run(pytest_plugin._close_with_loop(db_connect))
+    assert not pytest_plugin._closing
 
 
 def test_pytest_is_not_imported_by_the_package() -> None:
