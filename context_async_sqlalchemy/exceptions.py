@@ -45,8 +45,9 @@ class CommitOutcomeUnknownError(RuntimeError):
     repeat the work without looking whether it is done.
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The connection was lost during COMMIT, and the transaction may have been committed or "
-            "not: look before you repeat it."
-        )
+    def __init__(
+        self,
+        message: str = "The connection was lost during COMMIT, and the transaction may have been "
+        "committed or not: look before you repeat it.",
+    ) -> None:
+        super().__init__(message)
