@@ -15,6 +15,9 @@ from context_async_sqlalchemy.exceptions import ContextClosedError
 from context_async_sqlalchemy.guards import connections_of, is_in_use
 from context_async_sqlalchemy.shield import logger, run_to_completion
 
+# SQLAlchemy's own, whatever a user's test, or an instrumentation, puts in its place later.
+_CLOSE = AsyncSession.close
+
 
 def is_in_transaction(session: AsyncSession) -> bool:
     """Return whether a transaction is open on `session`."""
@@ -76,7 +79,7 @@ def _closes_at_once(session: AsyncSession) -> bool:
         return False
     # What a user has added to it may send a statement.
     return (
-        type(session).close is AsyncSession.close
+        getattr(session.close, "__func__", None) is _CLOSE
         and type(sync_session).close is Session.close
         and not sync_session.dispatch.persistent_to_detached
     )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock, patch
 
 import pytest
 from sqlalchemy import event, inspect, text
@@ -282,6 +282,18 @@ async def test_a_session_class_that_overrides_close_is_respected(connect: DBConn
     async with new_db_session_ctx():
         put_db_session_to_context(connect, session)
     assert closed == [session]
+
+
+async def test_a_close_that_is_patched_is_called(connect: DBConnect) -> None:
+    session = await connect.create_session()
+    with patch.object(session, "close", AsyncMock()) as close:
+        async with new_db_session_ctx():
+            put_db_session_to_context(connect, session)
+        close.assert_awaited_once_with()
+    with patch.object(AsyncSession, "close", autospec=True) as close:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+        close.assert_awaited_once_with(session)
 
 
 async def test_a_session_class_that_overrides_commit_is_respected(
