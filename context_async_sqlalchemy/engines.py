@@ -48,6 +48,7 @@ class Engines:
         needs_host: Whether the engine_creator needs a host.
         latest: The engine that was opened last, on any loop; None after `close`.
         put_by_hand: An engine that somebody else made; it is closed with the others.
+        session_maker_put_by_hand: A sessionmaker that is used until the next engine is made.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Engines:
         self.needs_host = True
         self.latest: Opened | None = None
         self.put_by_hand: AsyncEngine | None = None
+        self.session_maker_put_by_hand: SessionMaker | None = None
         self._engine_creator = engine_creator
         self._session_maker_creator = session_maker_creator
         self._retiring: set[asyncio.Task[None]] = set()
@@ -79,7 +81,7 @@ class Engines:
         if (opened := place.opened) is not None and opened.host == self.host:
             return opened
         async with place.lock:
-            retiring = None
+            retiring: list[asyncio.Task[None]] = []
             if (opened := place.opened) is None or opened.host != self.host:
                 opened = await self._make(self.host)
                 retiring = self._put(place, opened)
@@ -94,7 +96,7 @@ class Engines:
             return
         place = self._places.here()
         async with place.lock:
-            retiring = None
+            retiring: list[asyncio.Task[None]] = []
             if anew or host != self.host:
                 opened = await self._make(host)
                 self.host = host
@@ -111,7 +113,7 @@ class Engines:
             engines = [place.opened.engine] if place.opened is not None else []
             if self.put_by_hand is not None:
                 engines.append(self.put_by_hand)
-            place.opened = self.latest = self.put_by_hand = None
+            place.opened = self.latest = self.put_by_hand = self.session_maker_put_by_hand = None
         for loop, other in self._places.elsewhere():
             if other.opened is not None:
                 closing = asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
@@ -195,16 +197,15 @@ class Engines:
             )
         return session_maker  # type: ignore[no-any-return]  # duck-typed, too
 
-    def _put(self, place: _Place, opened: Opened) -> asyncio.Task[None] | None:
-        """Put an engine in the place of another one; return the task that closes the latter."""
-        retired, place.opened, self.latest = place.opened, opened, opened
-        if retired is None:
-            return None
+    def _put(self, place: _Place, opened: Opened) -> list[asyncio.Task[None]]:
+        """Put an engine in the place of another one; return the tasks that close the latter."""
+        retired = [place.opened.engine] if place.opened is not None else []
+        if self.put_by_hand is not None:
+            retired.append(self.put_by_hand)
+        place.opened = self.latest = opened
+        self.put_by_hand = self.session_maker_put_by_hand = None
         # A creator may keep its engines, and return the one in use: its users are counted.
-        is_mock = not isinstance(getattr(retired.engine, "sync_engine", None), Engine)
-        if is_mock and retired.engine is opened.engine:
-            return None
-        return self._retire(retired.engine)
+        return [self._retire(engine) for engine in retired]
 
     def _retire(self, engine: AsyncEngine) -> asyncio.Task[None]:
         task = asyncio.create_task(close_engine(engine))
@@ -225,10 +226,10 @@ def _log_failure(closing: asyncio.Task[None] | Future[None]) -> None:
         logger.warning("An engine that is not used any more failed to close", exc_info=error)
 
 
-async def _wait_a_moment(retiring: asyncio.Task[None] | None) -> None:
+async def _wait_a_moment(retiring: list[asyncio.Task[None]]) -> None:
     # Its connections are closed when this returns, unless the server is silent.
-    if retiring is not None:
-        await asyncio.wait([retiring], timeout=_MOMENT)
+    if retiring:
+        await asyncio.wait(retiring, timeout=_MOMENT)
 
 
 async def _result_of(made: Awaitable[T] | T) -> T:

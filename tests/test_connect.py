@@ -89,6 +89,42 @@ async def test_an_engine_that_was_put_there_by_hand_is_disposed_of(creators: Cre
     await connect.close()
     engine.dispose.assert_awaited_once_with()
 
+    engine = connect._engine = engine_mock()
+    await connect.change_host("b")
+    engine.dispose.assert_awaited_once_with()
+    assert connect._engine is creators.engines["b"][0]
+
+
+async def test_a_session_maker_that_was_put_there_by_hand_is_used(
+    creators: Creators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker)
+    connect._session_maker = session_maker = Mock()
+    assert connect._session_maker is session_maker
+    assert await connect.create_session() is session_maker.return_value
+    assert creators.engines == {}
+    await connect.close()
+    assert connect._session_maker is None
+
+    await connect.connect("a")
+    made = connect._session_maker
+    with monkeypatch.context() as patched:
+        patched.setattr(connect, "_session_maker", session_maker)
+        assert await connect.session_maker() is session_maker
+    assert await connect.session_maker() is made
+    # It is that of this event loop only.
+    assert await asyncio.to_thread(asyncio.run, connect.session_maker()) is not made
+    await connect.connect("b")
+    assert connect._session_maker is not made
+
+
+async def test_a_mock_that_a_creator_returns_again_is_disposed_of() -> None:
+    engine = engine_mock()
+    connect = DBConnect(Mock(return_value=engine), Mock(), host="a")
+    await connect.connect("a")
+    await connect.change_host("b")
+    engine.dispose.assert_awaited_once_with()
+
 
 async def test_change_host_puts_the_new_engine_in_place_before_it_retires_the_old_one(
     creators: Creators,
