@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
@@ -158,7 +159,7 @@ async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGener
         connect: The database.
     """
     async with new_non_ctx_session(connect) as session:
-        await session.begin()
+        await _begin(session)
         yield session
         await commit_session(session)
 
@@ -195,7 +196,8 @@ async def create_session(
         if context.closed:
             await session.close()
             raise ContextClosedError
-        if (threshold := connect.leak_detection_threshold) is not None:
+        threshold = getattr(connect, "leak_detection_threshold", None)
+        if isinstance(threshold, int | float):  # users' tests pass mocks
             detect_leaks(session, threshold, connect, context.request, endpoint)
         context.put(key, session)
         context.made.append(session)
@@ -229,13 +231,19 @@ async def _atomic_db_session(
         elif current_transaction == "rollback":
             await session.rollback()
     if not is_in_transaction(session):
-        await session.begin()
+        await _begin(session)
     try:
         yield session
         await commit_session(session)
     except BaseException:
         await rollback_sessions([session])
         raise
+
+
+async def _begin(session: AsyncSession) -> None:
+    transaction = session.begin()
+    if inspect.isawaitable(transaction):  # not that of a mock with the spec of AsyncSession
+        await transaction
 
 
 @asynccontextmanager

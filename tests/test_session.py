@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 from sqlalchemy import URL, event, func, insert, select, text
@@ -620,6 +620,20 @@ async def test_an_atomic_session_outside_the_context_commits(
             raise ValueError("no")
     assert connections_out(connect) == 0
     assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize("kind", [AsyncMock, MagicMock])
+async def test_a_mock_with_the_methods_of_a_session_is_used_in_atomic_blocks(kind: Any) -> None:
+    session = kind(spec=AsyncSession)
+    session.in_transaction.return_value = False
+    connect: Any = Mock(spec=DBConnect, context_key="key")
+    connect.create_session = AsyncMock(return_value=session)
+    async with new_db_session_ctx():
+        async with atomic_db_session(connect) as given:
+            assert given is session
+        async with new_non_ctx_atomic_session(connect) as given:
+            assert given is session
+    assert session.commit.await_count == 2
 
 
 async def test_sessions_work_on_sqlite(sqlite_connect: DBConnect) -> None:
