@@ -91,7 +91,8 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        await close_sessions(context.made)
+        if not auto_close:
+            await close_sessions(context.made)
         await reset_db_session_ctx(token, with_close=auto_close)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from unittest.mock import AsyncMock
+from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
@@ -96,6 +97,14 @@ async def test_a_test_context_closes_what_db_session_made_in_it(connect: DBConne
         await (await db_session(connect)).execute(select(1))
         assert connections_out(connect) == 1
     assert connections_out(connect) == 0
+
+
+async def test_a_test_context_closes_no_session_twice() -> None:
+    for auto_close in (False, True):
+        connect = Mock(context_key="key", create_session=AsyncMock())
+        async with set_test_context(auto_close=auto_close):
+            session: Any = await db_session(connect)
+        session.close.assert_awaited_once_with()
 
 
 async def test_a_test_context_cannot_be_set_twice() -> None:
