@@ -39,6 +39,7 @@ class EngineOptions(TypedDict, total=False):
     echo_pool: bool | Literal["debug"]
     enable_from_linting: bool
     execution_options: Mapping[str, Any]
+    future: Literal[True]
     hide_parameters: bool
     insertmanyvalues_page_size: int
     isolation_level: IsolationLevel | None
@@ -186,11 +187,14 @@ def _read_url(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # SQLAlchemy 2.0 shows the whole string, int() what is in the place of the port.
+        parsed = None
+    if parsed is None:
+        # Not in the except clause, whose error would be the context of this one: SQLAlchemy 2.0
+        # shows the whole string, int() what is in the place of the port.
         raise ValueError(
             "the database URL cannot be read: it should be like "
             "'postgresql://user:password@host:5432/database'"
-        ) from None
+        )
     # With an @ in the password, SQLAlchemy takes the rest of it for the host, which it shows.
     place, _, query = url.partition("@")[2].partition("?")
     keys = (item.partition("=")[0] for item in query.split("&"))

@@ -29,11 +29,13 @@ class SessionOptions(TypedDict, Generic[SessionT], total=False):
 
     class_: type[SessionT]
     autobegin: bool
+    autocommit: Literal[False]
     autoflush: bool
     binds: Mapping[Any, Any]
     close_resets_only: bool
     enable_baked_queries: bool
     expire_on_commit: bool
+    future: Literal[True]
     info: dict[Any, Any]
     join_transaction_mode: Literal[
         "conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"

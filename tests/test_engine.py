@@ -133,6 +133,7 @@ def test_a_url_that_cannot_be_read_is_not_shown(url: str) -> None:
     with pytest.raises(ValueError, match="the database URL") as caught:
         parse_url(url)
     assert SECRET not in told(caught.value)
+    assert caught.value.__context__ is None  # which whoever reports errors may have a look at
 
 
 def test_an_at_sign_elsewhere_is_fine() -> None:
@@ -156,6 +157,7 @@ VALUES: dict[str, Any] = {
     "echo_pool": False,
     "enable_from_linting": False,
     "execution_options": {"yield_per": 5},
+    "future": True,
     "hide_parameters": True,
     "insertmanyvalues_page_size": 10,
     "isolation_level": "SERIALIZABLE",

@@ -87,7 +87,13 @@ async def test_the_options_reach_the_engine_and_the_sessions(database_url: URL) 
         pool_size=2,
         max_overflow=1,
         isolation_level="SERIALIZABLE",
-        session_options={"class_": OurSession, "expire_on_commit": True},
+        future=True,
+        session_options={
+            "class_": OurSession,
+            "expire_on_commit": True,
+            "autocommit": False,
+            "future": True,
+        },
     ) as connect:
         session = await connect.create_session()
         assert isinstance(session, OurSession)
