@@ -102,10 +102,19 @@ class DBSessionContext:
                 self.commits.watch(context_key, session)
         return self.commits
 
+    def enter(self) -> None:
+        """Make it the context of this task."""
+        self.token = _context.set(self)
+
+    def leave(self) -> None:
+        """Restore the context variable; a context that is left can be ended by any task."""
+        token, self.token = self.token, None
+        if token is not None:
+            _restore(token)
+
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable, refuse whatever comes later, close every session."""
-        token, self.token = self.token, None
-        if token is None:
+        if self.closed:
             return
         self.closed = True
         try:
@@ -113,7 +122,7 @@ class DBSessionContext:
                 await self._end_forgotten()
         finally:
             try:
-                _restore(token)
+                self.leave()
             finally:
                 if self.used:
                     await self._end_sessions(with_close)
@@ -147,7 +156,7 @@ _context: ContextVar[DBSessionContext | None] = ContextVar("db_session_context",
 def open_context() -> DBSessionContext:
     """Open a context, whatever is open already; `DBSessionContext.end` ends it."""
     context = DBSessionContext()
-    context.token = _context.set(context)
+    context.enter()
     return context
 
 

@@ -141,7 +141,8 @@ async def starlette_http_db_session_middleware(
                 return response
         commit = commit or not context.settles_late
         end = partial(finish, context, commit=commit, before_commit=before_commit)
-        if hasattr(response, "body_iterator"):
+        if "body_iterator" in vars(response):
+            context.leave()
             return _EndingResponse(response, end, context)
         await end()
     except BaseException as error:
@@ -157,22 +158,26 @@ class _EndingResponse(Response):
         self, response: Response, end: Callable[[], Awaitable[None]], context: DBSessionContext
     ) -> None:
         vars(self).update(vars(response))
-        self._respond = type(response).__call__
+        self._class = type(response)
         self._end = end
         self._context = context
         self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._respond(self, scope, receive, send)
+            response = object.__new__(self._class)
+            vars(response).update(vars(self))
+            await response(scope, receive, send)
         except BaseException as error:
             await abandon(self._context, error)
             raise
 
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
-        # Not in __call__: another middleware may read the body and make another response of it.
+        # Not in __call__: another middleware may read the body and make another response of it,
+        # which Starlette reads in another task.
         async for part in body:
             yield part
+        self._context.enter()
         await self._end()
 
 

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -275,6 +276,59 @@ async def test_the_dispatch_function_takes_a_response_that_is_not_streamed(
     assert response.status_code == 200
     assert not is_context_initiated()
     assert await database.names() == ["a"]
+
+
+async def test_the_dispatch_function_takes_a_mock_of_a_response() -> None:
+    response = Mock(status_code=200)
+    call_next = AsyncMock(return_value=response)
+    given = await starlette_http_db_session_middleware(Request(http_scope()), call_next)
+    assert given is response
+
+
+async def test_the_dispatch_function_takes_a_streamed_response_of_another_class(
+    connect: DBConnect, database: Database
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        yield "b"
+
+    async def call_next(_: Request) -> Response:
+        await add(connect, "a")
+        return StreamingResponse(body())
+
+    async def dispatch(request: Request, _: Any) -> Response:
+        return await starlette_http_db_session_middleware(request, call_next)
+
+    app = Starlette(middleware=[Middleware(BaseHTTPMiddleware, dispatch=dispatch)])
+    async with http_client(app) as client:
+        assert (await client.get("/")).text == "b"
+        assert await database.names() == ["a"]
+
+
+async def test_the_body_of_the_dispatch_function_may_be_read_by_another_response(
+    connect: DBConnect, database: Database
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        yield "a"
+        await add(connect, "a")
+
+    async def endpoint(_: Request) -> Response:
+        return StreamingResponse(body())
+
+    async def dispatch(request: Request, call_next: Any) -> Response:
+        response: Any = await starlette_http_db_session_middleware(
+            request, call_next, before_commit
+        )
+        assert not is_context_initiated()
+        return StreamingResponse(response.body_iterator)
+
+    async def before_commit(_: AsyncSession) -> None:
+        assert is_context_initiated()
+
+    app = app_of(endpoint, lambda app: app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch))
+    async with http_client(app) as client:
+        assert (await client.get("/")).text == "a"
+        assert await database.names() == ["a"]
+        assert connections_out(connect) == 0
 
 
 @every_way
