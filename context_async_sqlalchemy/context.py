@@ -17,7 +17,12 @@ from context_async_sqlalchemy.exceptions import (
     ContextClosedError,
     ContextNotInitiatedError,
 )
-from context_async_sqlalchemy.release import close_sessions, is_in_transaction, refuse_further_use
+from context_async_sqlalchemy.release import (
+    close_sessions,
+    is_in_transaction,
+    is_real,
+    refuse_further_use,
+)
 from context_async_sqlalchemy.session_type import SessionT
 from context_async_sqlalchemy.shield import logger
 
@@ -34,6 +39,7 @@ class DBSessionContext:
         locks: They make the creation of a connect's session single-flight, by `context_key`.
         is_test: Whether a test opened it, which then also settles it.
         closed: Whether it has ended.
+        settled_mocks: Sessions that were settled, and never say that their transaction has ended.
         settles_late: Whether a request settles only when the application has returned.
         commits: Watches its commits, if anything asks about them.
         used: Whether there may be anything to settle.
@@ -51,6 +57,7 @@ class DBSessionContext:
         "made",
         "request",
         "sessions",
+        "settled_mocks",
         "settles_late",
         "token",
         "used",
@@ -60,6 +67,7 @@ class DBSessionContext:
         self.by_key: dict[str, Any] = {}  # a session of the class that the connect makes
         self.sessions: list[AsyncSession] = []
         self.made: list[AsyncSession] = []
+        self.settled_mocks: list[AsyncSession] = []
         self.locks: dict[str, asyncio.Lock] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         self.is_test = False
@@ -91,7 +99,17 @@ class DBSessionContext:
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
-        return [session for session in self.sessions if is_in_transaction(session)]
+        return [
+            session
+            for session in self.sessions
+            if session not in self.settled_mocks and is_in_transaction(session)
+        ]
+
+    def note_settled(self) -> None:
+        """Settle only what is begun from now on."""
+        # A mock of a user's test says at any time that it is in a transaction: one that was rolled
+        # back with a 404 would be committed when the body ends.
+        self.settled_mocks = [session for session in self.sessions if not is_real(session)]
 
     def watch_commits(self) -> CommitWatch:
         """Watch the commits of every session from now on."""

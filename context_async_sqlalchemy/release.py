@@ -27,6 +27,11 @@ def is_in_transaction(session: AsyncSession) -> bool:
     return bool(answer)
 
 
+def is_real(session: AsyncSession) -> bool:
+    """Return whether `session` is SQLAlchemy's, and no mock of a user's test."""
+    return isinstance(getattr(session, "sync_session", None), Session)
+
+
 async def rollback_sessions(sessions: list[AsyncSession]) -> None:
     """Roll back all of `sessions`, even under cancellation and when one of them fails."""
     if sessions:

@@ -128,6 +128,7 @@ class SettlingSend:
             if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
                 await wait_until_idle(sessions)
             await settle(self.context, commit=commit, before_commit=self.before_commit)
+            self.context.note_settled()
 
 
 class AnswerHeld(BaseException):

@@ -135,6 +135,7 @@ async def starlette_http_db_session_middleware(
                 # The application goes on with its body meanwhile, until this function reads it.
                 await wait_until_idle(context.sessions)
                 await settle(context, commit=commit, before_commit=before_commit)
+                context.note_settled()
             except Exception as failure:
                 response = await _handle(request, failure)
                 await finish(context, commit=False)

@@ -332,6 +332,23 @@ async def test_the_body_of_the_dispatch_function_may_be_read_by_another_response
 
 
 @every_way
+@pytest.mark.parametrize("status", [200, 404])
+async def test_a_mock_of_a_session_is_settled_once(add_middleware: Any, status: int) -> None:
+    session = AsyncMock()
+    connect: Any = Mock(context_key="key", create_session=AsyncMock(return_value=session))
+
+    async def endpoint(_: Request) -> Response:
+        await db_session(connect)
+        return JSONResponse({}, status)
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).status_code == status
+    assert session.commit.await_count == (status == 200)
+    assert session.rollback.await_count == (status == 404)
+    session.close.assert_awaited_once_with()
+
+
+@every_way
 async def test_a_mounted_application_joins_the_request(
     connect: DBConnect, database: Database, add_middleware: Any
 ) -> None:
