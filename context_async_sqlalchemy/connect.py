@@ -209,8 +209,7 @@ class DBConnect(Generic[SessionT_co]):
         """
         if self._before_create_session_handler is not None:
             await self._before_create_session_handler(self)
-        put_by_hand = self._engines.session_maker_put_by_hand
-        return put_by_hand or (await self._engines.get()).session_maker
+        return self._engines.session_maker_put_by_hand or (await self._engines.get()).session_maker
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.
@@ -294,12 +293,8 @@ class DBConnect(Generic[SessionT_co]):
 
     @property
     def _session_maker(self) -> SessionMaker | None:
-        made = self._engines.latest.session_maker if self._engines.latest is not None else None
-        return self._engines.session_maker_put_by_hand or made
+        return self._engines.session_maker
 
     @_session_maker.setter
     def _session_maker(self, session_maker: SessionMaker | None) -> None:
-        self._engines.session_maker_put_by_hand = None
-        # Whoever patches it for a test puts back what was there, which belongs to its event loop.
-        if session_maker is not self._session_maker:
-            self._engines.session_maker_put_by_hand = session_maker
+        self._engines.session_maker = session_maker

@@ -47,22 +47,6 @@ class DBSessionContext:
         token: Restores the context variable; None once the context has ended.
     """
 
-    __slots__ = (
-        "by_key",
-        "closed",
-        "commits",
-        "is_test",
-        "locks",
-        "loop",
-        "made",
-        "request",
-        "sessions",
-        "settled_mocks",
-        "settles_late",
-        "token",
-        "used",
-    )
-
     def __init__(self) -> None:
         self.by_key: dict[str, Any] = {}  # a session of the class that the connect makes
         self.sessions: list[AsyncSession] = []

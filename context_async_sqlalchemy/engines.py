@@ -149,6 +149,19 @@ class Engines:
             opened = self._places.here().opened or opened
         return opened.engine if opened is not None else self.put_by_hand
 
+    @property
+    def session_maker(self) -> SessionMaker | None:
+        """What was put here by hand, or else the sessionmaker of the engine opened last."""
+        made = self.latest.session_maker if self.latest is not None else None
+        return self.session_maker_put_by_hand or made
+
+    @session_maker.setter
+    def session_maker(self, session_maker: SessionMaker | None) -> None:
+        self.session_maker_put_by_hand = None
+        # A test that has patched it puts back what was there, which belongs to its event loop.
+        if session_maker is not self.session_maker:
+            self.session_maker_put_by_hand = session_maker
+
     async def make_engine(self, host: str | None) -> AsyncEngine:
         """Make an engine that belongs to the caller."""
         if host is not None:

@@ -33,21 +33,6 @@ class SettlingSend:
         held: The answer to such an error, which is sent only if the request is not tried again.
     """
 
-    __slots__ = (
-        "app",
-        "before_commit",
-        "commit",
-        "commit_on",
-        "completed",
-        "context",
-        "failure",
-        "held",
-        "is_repeatable",
-        "send",
-        "sent",
-        "started",
-    )
-
     def __init__(
         self,
         context: DBSessionContext,
