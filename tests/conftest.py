@@ -26,7 +26,7 @@ from examples.demo import connections_out
 from examples.postgres import postgres_server
 from tests.models import Base
 from tests.pgbouncer import CONNECT_ARGS
-from tests.programs import Outside, connects_of, load_program, until
+from tests.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
 
@@ -154,6 +154,15 @@ class Database:
             while await self.backends():
                 await asyncio.sleep(0.001)
 
+    async def is_quiet(self) -> None:
+        """Wait until no other connection is in a transaction, not even one that was just cut."""
+        try:
+            async with asyncio.timeout(10):
+                while await self.states():
+                    await asyncio.sleep(0.001)
+        except TimeoutError:
+            pytest.fail(f"a connection is still in a transaction: {await self.states()}")
+
     async def connections(self) -> int:
         """Return how many other connections there are."""
         return len(await self.backends())
@@ -167,15 +176,10 @@ async def database(database_url: URL) -> AsyncGenerator[Database]:
     # A test that left something open shall fail, not hang.
     await connection.execute("SET lock_timeout = '10s'")
     database = Database(connection)
-    # The server may not have noticed yet that a test before this one has cut a connection.
-    await until(lambda: _is_quiet(database))
+    await database.is_quiet()
     await database.empty()
     yield database
     await connection.close()
-
-
-async def _is_quiet(database: Database) -> bool:
-    return not await database.states()
 
 
 @pytest_asyncio.fixture
@@ -233,7 +237,7 @@ async def checked_connect(
     yield connect
     try:
         assert connections_out(connect) == 0, "a connection is still out of the pool"
-        assert await database.states() == [], "a connection is still in a transaction"
+        await database.is_quiet()
     finally:
         await connect.close()
 
