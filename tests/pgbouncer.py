@@ -88,7 +88,7 @@ def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
         with log.open("wb") as output:
             process = subprocess.Popen([binary, str(ini)], stdout=output, stderr=subprocess.STDOUT)
         try:
-            wait_until(lambda: process.poll() is not None or _accepts(port))
+            wait_until(lambda: process.poll() is not None or accepts(port))
             assert process.poll() is None, log.read_text()
             yield server.set(host="127.0.0.1", port=port, username="anybody", password=None)
         finally:
@@ -101,7 +101,8 @@ def _quoted(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
+    """Return whether somebody listens on a loopback port."""
     with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
