@@ -188,6 +188,8 @@ def test_the_readme_is_the_short_form_of_the_home_page() -> None:
     same = {"The promise", "How it compares", "See it work", "Applications to copy"}
     assert {title: readme[title] for title in same} == {title: home[title] for title in same}
     assert readme.keys() - same - home.keys() == {"A complete application", "Documentation"}
+    more = {"The same by hand", "The same with `Depends`", "Where to go"}
+    assert home.keys() - readme.keys() == more
 
 
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
