@@ -39,7 +39,7 @@ async def post_note(title: str) -> Response:
 @application.router.post("/notes/{title}/copy")
 async def post_copy(title: str) -> Response:
     task = asyncio.create_task(run_in_new_ctx(add_note, f"copy of {title}"))
-    copies.add(task)  # or else nobody keeps it from being collected
+    copies.add(task)  # without a reference, it may be garbage-collected
     task.add_done_callback(copies.discard)
     return Response(202)
 
@@ -50,7 +50,7 @@ async def get_notes() -> Response:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the answer, of which 409 undoes it."""
+    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
     await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
     titles = (await session.scalars(text("SELECT title FROM note"))).all()

@@ -46,7 +46,7 @@ async def get_notes() -> Response:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the answer, of which 409 undoes it."""
+    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
     await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
     titles = (await session.scalars(text("SELECT title FROM note"))).all()
