@@ -227,8 +227,8 @@ def _of_framework(name: str, framework: Framework) -> list[Contender]:
             name,
             LEAST,
             partial(careless, framework),
-            "Not for use: `maker()`, the statements, `commit()`, and nothing if one of them fails. "
-            "Less is not possible with an `AsyncSession`.",
+            "Not for use: `maker()`, the statements and `commit()`, without error handling. This is "
+            "the minimum with an `AsyncSession`.",
         ),
         Contender(
             name,
@@ -249,28 +249,28 @@ CONTENDERS = [
         "FastAPI",
         "Depends, scope request",
         partial(by_depends, "request"),
-        "Commits after the response was sent; the connection is held until then.",
+        "Commits after the response was sent; holds the connection until then.",
     ),
     Contender(
         "FastAPI",
         "Depends, scope function",
         partial(by_depends, "function"),
         "Commits when the handler has returned, before the response; every layer passes the "
-        "session.",
+        "session on.",
     ),
     Contender(
         "FastAPI",
         "fastapi-async-sqlalchemy",
         by_fastapi_async_sqlalchemy,
-        "Commits before the response, which it keeps back until its first part of a body.",
+        "Commits before the response, which it holds back until the first part of the body.",
         "fastapi_async_sqlalchemy",
     ),
     Contender(
         "FastAPI",
         "advanced-alchemy",
         by_advanced_alchemy,
-        "Commits after the response was sent, and only logs (as debug) if that fails; the session "
-        "is provided by a sync dependency, which FastAPI runs in a thread.",
+        "Commits after the response was sent, and only logs a failure (as debug); the session is "
+        "provided by a sync dependency, which FastAPI runs in a thread.",
         "advanced_alchemy",
     ),
     Contender(

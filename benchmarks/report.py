@@ -18,39 +18,39 @@ COMMAND = "python -m benchmarks.report"
 _INTRODUCTION = """\
 # Benchmarks
 
-What a request costs with this library, with its alternatives, and without any, for the same
-statements in the same run. `{command}` measured it and wrote `benchmarks/results.json`;
-`{report}` made this page and its plots of that. `make bench-quick` measures less, and
-prints only.
+What a request costs with this library, with its alternatives, and without any of them. All run the
+same statements in the same run. `{command}` measures this and writes `benchmarks/results.json`;
+`{report}` makes this page and its plots from that file. `make bench-quick`
+measures less, and prints only.
 
-**How to read the figures.** A cell is the median of the rounds, and in brackets the median of its
-ratio to the floor *in the same round*, with the middle half of the rounds. The floor is
-`async with maker() as s, s.begin()` written by hand in each handler, with the same framework. The
-contenders take turns, so that what slows the machine down slows all of them down: the ratios hold
-on other machines rather than the absolute figures.
+**How to read the figures.** A cell is the median of the rounds. In brackets is the median of its
+ratio to the floor *in the same round*, then the middle half of the rounds. The floor is
+`async with maker() as s, s.begin()`, written by hand in each handler, with the same framework. The
+contenders take turns, so whatever slows the machine slows all of them: the ratios carry over to
+other machines better than the absolute figures.
 
-The ratios are also in the plots, with the middle half of the rounds as a line through the end of
-each bar, and the floor dashed.
+The plots show the same ratios. The line through the end of each bar is the middle half of the
+rounds, and the dashed line is the floor.
 """
 
 
 _NOTES = """\
-What is not reached, and why:
+Why some goals are not reached:
 
-- *No database*: [a `send` and a context variable](#what-a-request-without-a-session-is-made-of),
-  without which there is no middleware of this kind, are a part of it; the rest is the container of
-  the sessions, whose request it is, and its end. What share of the request that is depends on the
-  framework: an ASGI application that does nothing but answer takes less itself.
-- *SELECT and INSERT*: by [what a request is made of](#what-a-request-is-made-of), the least that
-  SQLAlchemy takes is near the goal already, without anything for the case that something fails. The
-  rows below it say what the engine of a connect, `close()`, a context and the middleware add.
-- *The best other library*, fastapi-async-sqlalchemy, settles once, at the end. This one asks before
-  the response, before the end of its body and after its background tasks whether there is
-  something to commit; refuses to commit while another task is inside a statement, or after one has
-  failed in PostgreSQL; and refuses what comes later.
-- *AUTOCOMMIT read*: on loopback a round trip is short, and SQLAlchemy's CPU time, which is the same
-  for a read in a transaction, is most of the wall time. [With a server 1 ms
-  away](#wall-time-of-a-select-with-a-server-1-ms-away) it is not.
+- *No database*: [a `send` and a context variable](#what-a-request-without-a-session-is-made-of) are
+  part of the cost, because no middleware of this kind works without them. The rest goes into the
+  container of the sessions, the request it belongs to, and closing it. What share of the request
+  that is depends on the framework: a bare ASGI application takes less time itself.
+- *SELECT and INSERT*: [the parts of a request](#what-a-request-is-made-of) show that the least that
+  SQLAlchemy takes is already close to the goal, even without error handling. The rows below it show
+  what the engine of a connect, `close()`, a context and the middleware add.
+- *The best other library*, fastapi-async-sqlalchemy, settles once, at the end. This library checks
+  whether there is something to commit before the response, before the end of its body, and after its
+  background tasks. It refuses to commit while another task is inside a statement, or after one has
+  failed in PostgreSQL. It also refuses any use of the session afterwards.
+- *AUTOCOMMIT read*: on loopback a round trip is short, and most of the wall time is SQLAlchemy's CPU
+  time, which is the same for a read in a transaction. [With a server 1 ms
+  away](#wall-time-of-a-select-with-a-server-1-ms-away) this is different.
 """
 
 
@@ -65,16 +65,16 @@ def render(results: Any) -> dict[str, str]:
     }
     parts = [
         _INTRODUCTION.format(command=results["command"], report=COMMAND),
-        "## Taken on\n",
+        "## Machine and versions\n",
         _table(
             ["", ""], [[k, str(v)] for k, v in (results["machine"] | results["versions"]).items()]
         ),
         "## Contenders\n",
-        "Each is a small application with the same routes, the same statements and an engine with "
-        "the same pool; `tests/test_benchmarks.py` checks that they send the same statements, "
-        "commit the same rows and give the same answers. How they differ:\n",
+        "Each contender is a small application with the same routes, the same statements and an "
+        "engine with the same pool. `tests/test_benchmarks.py` checks that all of them send the "
+        "same statements, commit the same rows and give the same answers. How they differ:\n",
         _table(["contender", "with", ""], _contenders()),
-        "## What was to be reached\n",
+        "## Goals\n",
         _table(["", "goal", "measured", "reached"], [goal_cells(goal) for goal in goals(results)]),
         _NOTES,
     ]

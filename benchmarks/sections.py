@@ -47,7 +47,7 @@ SECTIONS = [
         "CPU time of a request",
         "µs",
         f"In process, without a server, one request after the other. {_ROUTES} The CPU time is "
-        "that of the Python process; PostgreSQL's is not in it.",
+        "that of the Python process, without PostgreSQL's.",
         plot=True,
     ),
     Section("wall", "Wall time of a request", "µs", "The same requests, PostgreSQL included."),
@@ -55,28 +55,28 @@ SECTIONS = [
         "layers",
         "What a request is made of",
         "µs",
-        "CPU time of the same requests, from raw asyncpg to this library, one layer after the "
-        "other: `maker()`, the statement and `commit()`, with nothing for the case that one of "
-        "them fails, is the least that SQLAlchemy takes; then the same with the engine of a "
-        "connect, which watches commits and connections for what PostgreSQL and drivers let pass; "
-        "with `close()`; with `new_db_session_ctx()` around it, which settles; and with the "
-        "middleware instead. What is between the least and the floor is all that there is to save.",
+        "CPU time of the same requests, from raw asyncpg to this library, adding one layer at a "
+        "time. The least that SQLAlchemy takes is `maker()`, the statement and `commit()`, without "
+        "error handling. The next rows add the engine of a connect, which watches commits and "
+        "connections for problems that PostgreSQL and the drivers do not report; `close()`; "
+        "`new_db_session_ctx()`, which settles; and, instead of that, the middleware. The most "
+        "that anyone could save is the difference between the least and the floor.",
     ),
     Section(
         "empty",
         "What a request without a session is made of",
         "µs",
         "CPU time of a request that asks for no session: with a middleware that only passes on "
-        "each message by a `send` of its own; one that also sets a context variable and resets it; "
-        "and with this library, which needs both, and a container for what may be asked for.",
+        "each message with its own `send`; with one that also sets and resets a context variable; "
+        "and with this library, which needs both, and a container for sessions.",
     ),
     Section(
         "distance",
         "Wall time of a SELECT with a server 1 ms away",
         "µs",
-        "Each round trip goes through a proxy that keeps it for 1 ms, as a network would. On "
-        "loopback the CPU time hides what a round trip less is worth: a read with AUTOCOMMIT takes "
-        "one instead of three.",
+        "Each round trip goes through a proxy that delays it by 1 ms, as a network would. On "
+        "loopback, CPU time hides what it is worth to save round trips: a read with AUTOCOMMIT "
+        "takes one instead of three.",
     ),
     Section(
         "trips",
@@ -89,8 +89,8 @@ SECTIONS = [
         "Requests a second",
         "/s",
         "Served by uvicorn (asyncio, httptools) in one process, with a pool of 10 connections; "
-        "each request is one INSERT. The columns are the numbers of concurrent clients. Server, "
-        "client and PostgreSQL share the cores.",
+        "each request is one INSERT. The columns are numbers of concurrent clients. Server, client "
+        "and PostgreSQL share the cores.",
         plot=True,
     ),
     Section("p50", "Median latency", "ms", "Of the same requests."),
@@ -99,11 +99,11 @@ SECTIONS = [
         "disturbed",
         "Quick requests while others are slow",
         "/s",
-        "Served by uvicorn with a pool of 5 connections: 4 clients send requests with one SELECT "
-        "each, while 50 clients slowly read a body of 4 MiB that was streamed after a SELECT, and "
-        "while 50 background tasks sleep that were left by such requests. The ratio is that to the "
-        "same contender undisturbed. By hand, the handler gives its connection back before the "
-        "body begins; whoever keeps it until the end has none left.",
+        "Served by uvicorn with a pool of 5 connections. 4 clients send requests with one SELECT "
+        "each, first while 50 clients slowly read a body of 4 MiB that is streamed after a SELECT, "
+        "then while 50 background tasks of such requests sleep. The ratio compares each contender "
+        "with itself undisturbed. By hand, the handler gives its connection back before the body "
+        "starts; a contender that keeps it until the end has no connection left.",
         plot=True,
         floor_column="undisturbed",
     ),
@@ -111,26 +111,26 @@ SECTIONS = [
         "connects",
         "Several databases in a request",
         "µs",
-        "CPU time of a request that reads from 1 to 8 databases, each with a connect of its own.",
+        "CPU time of a request that reads from 1 to 8 databases, each with its own connect.",
     ),
     Section(
         "memory",
         "Memory of a request in flight",
         "KiB",
-        "What Python allocates for each of 500 requests that have got their session and wait, the "
-        "task of the request included.",
+        "What Python allocates for each of 500 requests that have their session and wait, including "
+        "the task of the request.",
     ),
     Section(
         "start",
-        "Start",
+        "Start-up time",
         "ms",
         "From the start of the process until uvicorn listens, imports included. fastapi-sqla "
-        "connects to the database meanwhile, the others when they are first asked.",
+        "connects to the database during the start, the others at the first request.",
     ),
     Section(
         "calls",
-        "Asking again",
+        "Asking for the session again",
         "ns",
-        "CPU time of `await db_session(connect)` when the request has its session already.",
+        "CPU time of `await db_session(connect)` when the request already has its session.",
     ),
 ]

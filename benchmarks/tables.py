@@ -1,4 +1,4 @@
-"""The results as tables, and what they were to reach."""
+"""The results as tables, and the goals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHERS = [contender.key for contender in CONTENDERS if contender.package]
 
 
 class Goal(NamedTuple):
-    """A figure that was to be reached."""
+    """A figure and its goal."""
 
     what: str
     limit: float

@@ -1,4 +1,4 @@
-"""The words of the library, in a program: two connects, contexts, sessions, settling.
+"""The terms of the library in one program: two connects, contexts, sessions, settling.
 
 Runs as `python -m examples.concepts`, on two SQLite files or the databases of two variables.
 """

@@ -74,7 +74,7 @@ def make_app(connect: DBConnect) -> FastAPI:
 
 
 class ResponsePrinter:
-    """Prints what comes out of the middleware of the sessions, which it is outside of."""
+    """Prints what the session middleware, which is inside this one, sends."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

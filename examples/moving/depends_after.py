@@ -1,4 +1,4 @@
-"""The library when it has moved: nothing hands a session around, or commits what a request did."""
+"""The library after the move: no function passes a session on, or commits a whole request."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -56,7 +56,7 @@ async def give_back(book: str, background: BackgroundTasks) -> None:
     loan = await session.get(Loan, book)
     if loan is None:
         await note(f"nobody had {book}")
-        await commit_db_session(connect)  # which the 404 would undo
+        await commit_db_session(connect)  # or the 404 would undo the note
         raise HTTPException(404)
     await session.delete(loan)
     background.add_task(thank, loan.reader)

@@ -1,4 +1,4 @@
-"""A library, whose endpoints hand their session to what they call, and commit it."""
+"""A library whose endpoints pass their session to what they call, and commit it."""
 
 import os
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""The library while it moves: its endpoints take their session as before, a service does not."""
+"""The library during the move: its endpoints take their session as before, a service does not."""
 
 import os
 from collections.abc import AsyncGenerator

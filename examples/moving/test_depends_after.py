@@ -1,4 +1,4 @@
-"""A test of the library when it has moved: whoever asks for a session shares the transaction."""
+"""A test of the library after the move: all code shares one transaction."""
 
 from __future__ import annotations
 

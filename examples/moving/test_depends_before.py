@@ -1,4 +1,4 @@
-"""A test of the library as it was: the dependency is overridden."""
+"""A test of the library before the move: it overrides the dependency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A background task on the session of the request: its failure takes the booking along."""
+"""A background task on the session of the request: if it fails, the booking is lost."""
 
 from collections.abc import AsyncGenerator
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""A commit that comes after the response: who is told of a success may have none."""
+"""A commit after the response: the client may see a success that was not stored."""
 
 from collections.abc import AsyncGenerator
 from typing import Annotated

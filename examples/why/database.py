@@ -1,4 +1,4 @@
-"""What the programs beside this one share: two tables, and a pool of a single connection.
+"""Shared by the programs beside this one: two tables, and a pool of a single connection.
 
 Who keeps that connection from the others is noticed at once.
 """

@@ -1,4 +1,4 @@
-"""A middleware that commits: what a handler has refused is stored."""
+"""A middleware that commits: it stores what a handler refused."""
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession

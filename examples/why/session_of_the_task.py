@@ -1,4 +1,4 @@
-"""A session for each task: what a child task writes is committed by nobody."""
+"""A session for each task: nobody commits what a child task writes."""
 
 import asyncio
 from collections.abc import AsyncGenerator

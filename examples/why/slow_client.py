@@ -22,7 +22,7 @@ Session = Annotated[AsyncSession, Depends(get_session)]
 
 
 async def recording() -> AsyncGenerator[bytes]:
-    for _ in range(16):  # megabytes, which is more than the buffers of a socket hold
+    for _ in range(16):  # 16 MiB, more than the socket buffers hold
         yield bytes(1024 * 1024)
 
 

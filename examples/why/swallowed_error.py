@@ -17,7 +17,7 @@ before = FastAPI(lifespan=lifespan)
 async def book(seat: str, name: str) -> None:
     async with session_maker() as session, session.begin():
         await session.execute(insert(Booking).values(seat=seat))
-        with suppress(IntegrityError):  # a guest whom we know
+        with suppress(IntegrityError):  # the guest is known already
             await session.execute(insert(Guest).values(name=name))
 
 
@@ -29,7 +29,7 @@ add_fastapi_http_db_session_middleware(after)
 async def book_with_context(seat: str, name: str) -> None:
     session = await db_session(connect)
     await session.execute(insert(Booking).values(seat=seat))
-    with suppress(IntegrityError):  # a guest whom we know
+    with suppress(IntegrityError):  # the guest is known already
         await session.execute(insert(Guest).values(name=name))
 
 
@@ -37,6 +37,6 @@ async def book_with_context(seat: str, name: str) -> None:
 async def book_with_savepoint(seat: str, name: str) -> None:
     session = await db_session(connect)
     await session.execute(insert(Booking).values(seat=seat))
-    with suppress(IntegrityError):  # a guest whom we know
+    with suppress(IntegrityError):  # the guest is known already
         async with atomic_db_session(connect, "savepoint"):
             await session.execute(insert(Guest).values(name=name))

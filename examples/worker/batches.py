@@ -1,4 +1,4 @@
-"""What the jobs do alike: go through the tasks that are not processed, a batch at a time."""
+"""Shared by the jobs: go through the unprocessed tasks, one batch at a time."""
 
 import logging
 from collections.abc import Awaitable, Callable

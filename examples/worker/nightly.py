@@ -1,4 +1,4 @@
-"""A cron job: leave to the queue worker what nobody has asked for."""
+"""A cron job: queue all unprocessed tasks for the worker."""
 
 import asyncio
 import sys
