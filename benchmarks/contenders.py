@@ -227,8 +227,8 @@ def _of_framework(name: str, framework: Framework) -> list[Contender]:
             name,
             LEAST,
             partial(careless, framework),
-            "Not for use: `maker()`, the statements and `commit()`, without error handling. This is "
-            "the minimum with an `AsyncSession`.",
+            "Not for use: `maker()`, the statements and `commit()`, without error handling. This "
+            "is the minimum with an `AsyncSession`.",
         ),
         Contender(
             name,

@@ -45,11 +45,11 @@ Why some goals are not reached:
   SQLAlchemy takes is already close to the goal, even without error handling. The rows below it show
   what the engine of a connect, `close()`, a context and the middleware add.
 - *The best other library*, fastapi-async-sqlalchemy, settles once, at the end. This library checks
-  whether there is something to commit before the response, before the end of its body, and after its
-  background tasks. It refuses to commit while another task is inside a statement, or after one has
-  failed in PostgreSQL. It also refuses any use of the session afterwards.
-- *AUTOCOMMIT read*: on loopback a round trip is short, and most of the wall time is SQLAlchemy's CPU
-  time, which is the same for a read in a transaction. [With a server 1 ms
+  whether there is something to commit before the response, before the end of its body, and after
+  its background tasks. It refuses to commit while another task is inside a statement, or after a
+  statement has failed in PostgreSQL. It also refuses any use of the session afterwards.
+- *AUTOCOMMIT read*: on loopback a round trip is short, and most of the wall time is SQLAlchemy's
+  CPU time, which is the same for a read in a transaction. [With a server 1 ms
   away](#wall-time-of-a-select-with-a-server-1-ms-away) this is different.
 """
 

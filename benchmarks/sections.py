@@ -117,8 +117,8 @@ SECTIONS = [
         "memory",
         "Memory of a request in flight",
         "KiB",
-        "What Python allocates for each of 500 requests that have their session and wait, including "
-        "the task of the request.",
+        "What Python allocates for each of 500 requests that have their session and wait, "
+        "including the task of the request.",
     ),
     Section(
         "start",
