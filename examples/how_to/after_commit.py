@@ -1,4 +1,4 @@
-"""Mail that is sent once the sign-up is committed, and only then."""
+"""Mail sent once the sign-up is committed, and only then."""
 
 import logging
 import os
@@ -60,7 +60,7 @@ async def conflict(_: Request, __: Exception) -> JSONResponse:
 
 
 async def send_mail(to: str, subject: str) -> None:
-    logging.info("%s: %s", to, subject)  # where a mail service is called
+    logging.info("%s: %s", to, subject)  # call your mail service here
 
 
 @app.post("/members/{email}", status_code=201)
@@ -75,7 +75,7 @@ async def sign_up_with_voucher(email: str, code: str) -> None:
     await sign_up(email)
     session = await db_session(connect)
     await session.flush()
-    with suppress(IntegrityError):  # the voucher is used already: sign up without it
+    with suppress(IntegrityError):  # already used: sign up without the voucher
         async with atomic_db_session(connect, "savepoint"):
             on_commit(connect, partial(send_mail, email, "Your discount"))
             session.add(Voucher(code=code))

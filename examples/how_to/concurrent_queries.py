@@ -70,7 +70,7 @@ async def dashboard() -> tuple[int, list[str]]:
 async def visit(page: str) -> tuple[int, list[str]]:
     session = await db_session(connect)
     session.add(Visit(page=page))
-    await commit_db_session(connect)  # the queries see it, and this connection waits for no other
+    await commit_db_session(connect)  # the queries see the visit, and no connection is held
     return await dashboard()
 
 

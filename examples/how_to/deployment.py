@@ -1,4 +1,4 @@
-"""An application that several processes serve, and that is stopped while it works."""
+"""An application served by several processes, and stopped while requests are in flight."""
 
 import os
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""From a URL to a pool: the password, the limits, the start-up and the health of a database."""
+"""From a URL to a pool: the password, the limits, startup and health."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -24,14 +24,14 @@ connect = DBConnect.from_url(
 
 
 async def fetch_token() -> str:
-    return os.environ["DATABASE_TOKEN"]  # where the identity service is asked
+    return os.environ["DATABASE_TOKEN"]  # ask your identity service here
 
 
 with_token = DBConnect.from_url(DATABASE_URL, connect_args={"password": fetch_token})
 
 
 async def fetch_secret() -> str:
-    return os.environ["DATABASE_SECRET"]  # where the vault is asked
+    return os.environ["DATABASE_SECRET"]  # ask your vault here
 
 
 async def create_engine(host: str) -> AsyncEngine:

@@ -1,4 +1,4 @@
-"""Orders that are taken again as soon as the standby is promoted."""
+"""Orders that are accepted again as soon as the standby is promoted."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -50,7 +50,7 @@ async def place_order(article: str) -> None:
     session.add(Order(article=article))
 
 
-# Without a handler, so that somebody has to say when the host changes.
+# No handler here: the application must say when the host changes.
 reports = DBConnect.from_url(DATABASE_URL, os.environ.get("DATABASE_PASSWORD"))
 
 

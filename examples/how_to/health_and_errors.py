@@ -1,4 +1,4 @@
-"""What an application says while its database is away, full, or won by somebody else."""
+"""What an application answers while its database is down or full, or after a lost race."""
 
 import os
 

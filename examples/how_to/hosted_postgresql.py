@@ -1,4 +1,4 @@
-"""Look at a hosted PostgreSQL database: the URL it prints, its TLS, and its pooler."""
+"""Connect to a hosted PostgreSQL database: its URL, TLS, and its pooler."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres")
 
-# Each connection of PgBouncer has prepared statements of its own, under names that all clients use.
+# Each server connection of PgBouncer has its own prepared statements, under names clients share.
 WITHOUT_PREPARED_STATEMENTS: dict[str, Any] = {
     "statement_cache_size": 0,
     "prepared_statement_cache_size": 0,

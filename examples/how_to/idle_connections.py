@@ -1,4 +1,4 @@
-"""What a new connection costs, compared with one from a pool that keeps few of them for long."""
+"""What a new connection costs, compared with one from the pool."""
 
 import asyncio
 import os

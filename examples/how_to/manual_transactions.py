@@ -1,4 +1,4 @@
-"""An order that is durable before it is charged, while no connection is held."""
+"""An order that is durable before it is charged, and holds no connection meanwhile."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ add_fastapi_http_db_session_middleware(app)
 
 
 async def charge(article: str) -> str:
-    logging.info("%s is charged", article)  # where a payment service is called
+    logging.info("%s is charged", article)  # call your payment service here
     return "paid"
 
 
@@ -66,19 +66,19 @@ async def place_order(article: str) -> str:
     session = await db_session(connect)
     order = Order(article=article, state="new")
     session.add(order)
-    await commit_db_session(connect)  # durable, and the connection is back in the pool
+    await commit_db_session(connect)  # durable; the connection is back in the pool
     order.state = await charge(order.article)
-    return order.state  # the middleware commits the change, in a transaction of its own
+    return order.state  # the middleware commits the change in a second transaction
 
 
 @app.get("/orders/{order_id}")
 async def show_order(order_id: int) -> str:
     session = await db_session(connect)
     order = await session.get_one(Order, order_id)
-    await close_db_session(connect)  # a query opens a transaction, too, and holds a connection
+    await close_db_session(connect)  # a query opens a transaction too, and holds a connection
     return f"{order.article}: {order.state}, {await locate(order.id)}"
 
 
 async def locate(order_id: int) -> str:
-    logging.info("%s is looked for", order_id)  # where a parcel service is called
+    logging.info("%s is looked for", order_id)  # call your parcel service here
     return "on its way"

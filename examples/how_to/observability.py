@@ -29,7 +29,7 @@ connect = DBConnect.from_url(
 app = FastAPI(lifespan=database_lifespan(connect))
 add_fastapi_http_db_session_middleware(app)
 
-tracer_provider = TracerProvider()  # to which you add the span processor of your exporter
+tracer_provider = TracerProvider()  # add your exporter's span processor to it
 SQLAlchemyInstrumentor().instrument(tracer_provider=tracer_provider, skip_dep_check=True)
 FastAPIInstrumentor.instrument_app(
     app,
@@ -40,7 +40,7 @@ FastAPIInstrumentor.instrument_app(
 
 
 class PoolCollector(Collector):
-    """The connections of pools, counted when Prometheus asks."""
+    """Counts the connections in each pool when Prometheus scrapes."""
 
     def __init__(self, **connects: DBConnect) -> None:
         self._connects = connects
@@ -110,4 +110,4 @@ async def fetch_rate() -> float:
 
 
 async def ask_the_bank() -> float:
-    return 1.08  # where a service elsewhere is asked, which may be slow
+    return 1.08  # call a remote service here, which may be slow

@@ -1,4 +1,4 @@
-"""Rules of one's own for a request, and a unit of work where there is none."""
+"""Custom commit rules for a request, and a unit of work where there is no request."""
 
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -49,7 +49,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 class DryRunMiddleware:
-    """Answer a request that has the header `X-Dry-Run`, and undo it.
+    """Answer a request with the header `X-Dry-Run`, and undo its work.
 
     Args:
         app: The ASGI application.
@@ -67,7 +67,7 @@ class DryRunMiddleware:
             if message["type"] == "http.response.start":
                 session = get_db_session_from_context(connect)
                 if session is not None:
-                    await session.flush()  # what the database refuses fails here, too
+                    await session.flush()  # anything the database rejects fails here too
                 await rollback_all_sessions()
             await send(message)
 
@@ -110,7 +110,7 @@ async def post_unpaid_change(name: str, by: int, response: Response) -> int:
 
 
 class Reply(NamedTuple):
-    """What a handler answers: a code as in gRPC, and a number."""
+    """A handler's answer: a code, as in gRPC, and a number."""
 
     code: str
     stock: int

@@ -1,4 +1,4 @@
-"""Write on the primary, read on a replica, and read what one has written oneself."""
+"""Write on the primary, read on a replica, and read your own writes."""
 
 import asyncio
 import logging
@@ -59,7 +59,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
 
 
-UNKNOWN = "FFFFFFFF/FFFFFFFF"  # which no replica ever reaches
+UNKNOWN = "FFFFFFFF/FFFFFFFF"  # a position no replica ever reaches
 written: ContextVar[list[str]] = ContextVar("written")
 
 
@@ -76,10 +76,10 @@ async def note_position() -> None:
     written.get().append((await session.execute(text(position))).scalar_one())
 
 
-PATIENCE = 1.0  # seconds that a replica has to catch up with a position
+PATIENCE = 1.0  # seconds a replica has to catch up with a position
 Position = Annotated[str, Cookie(pattern="^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
 
-# asyncpg takes a string for text only.
+# asyncpg accepts a string only for a text parameter.
 STATE = text(
     """
     SELECT CASE WHEN pg_is_in_recovery() THEN 'replica' ELSE 'primary' END,
@@ -92,10 +92,10 @@ STATE = text(
 async def session_to_read(response: Response, position: Position = "0/0") -> AsyncSession:
     if position != UNKNOWN:
         try:
-            async with asyncio.timeout(2 * PATIENCE):  # for one that says nothing
+            async with asyncio.timeout(2 * PATIENCE):  # for a replica that does not answer
                 response.headers["Served-By"] = await wait_for_replica(position)
             return await db_session(replica)
-        except Exception as error:  # it is behind, silent or dead: the primary can answer
+        except Exception as error:  # behind, silent or dead: the primary answers
             logging.info("No replica for %s: %r", position, error)
             await close_db_session(replica)
     response.headers["Served-By"] = "primary"
@@ -109,7 +109,7 @@ async def wait_for_replica(position: str) -> str:
         role, has_replayed = (await session.execute(STATE, {"position": position})).one()
         if has_replayed:
             return str(role)
-        await close_db_session(replica)  # so that no connection is held meanwhile
+        await close_db_session(replica)  # hold no connection during the sleep
         if time.monotonic() > deadline:
             raise TimeoutError("the replica is behind")
         await asyncio.sleep(0.05)
@@ -134,7 +134,7 @@ class PositionCookie:
 
 app = FastAPI(lifespan=lifespan)
 add_fastapi_http_db_session_middleware(app)
-app.add_middleware(PositionCookie)  # after it, and so around it
+app.add_middleware(PositionCookie)  # added last, so it runs first
 
 
 @app.post("/notes/{body}", status_code=201)

@@ -1,4 +1,4 @@
-"""Transfers between accounts, done again after a serialization failure."""
+"""Transfers between accounts, retried after a serialization failure."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ async def transfer(source: str, target: str, amount: int) -> None:
     for owner, change in (source, -amount), (target, amount):
         account = await session.get_one(Account, owner)
         account.balance = Account.balance + change
-    with suppress(IntegrityError):  # a contact already
+    with suppress(IntegrityError):  # already a contact
         async with atomic_db_session(connect, "savepoint"):
             session.add(Contact(owner=source, name=target))
     on_commit(connect, partial(notify, target, amount))

@@ -1,4 +1,4 @@
-"""An import of contacts in one transaction, in which a part may fail alone."""
+"""An import of contacts in one transaction, parts of which may fail alone."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -82,9 +82,9 @@ async def import_contacts(file: str, contacts: list[NewContact]) -> list[str]:
 async def add_contact(new: NewContact) -> None:
     session = await db_session(connect)
     session.add(Contact(email=new.email))
-    await session.flush()  # fails here, and not where the next savepoint begins
+    await session.flush()  # fails here, not when the next savepoint begins
     for number in new.phones:
-        with suppress(IntegrityError):  # somebody else's: the contact is stored without it
+        with suppress(IntegrityError):  # taken: store the contact without it
             async with atomic_db_session(connect, "savepoint"):
                 session.add(Phone(number=number, email=new.email))
 

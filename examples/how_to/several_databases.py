@@ -102,7 +102,7 @@ async def place_order_and_book_it_later(number: int, account: str) -> None:
 
 
 async def book() -> list[int]:
-    """Book the orders that wait; return the numbers of those that the ledger refuses."""
+    """Book the waiting orders; return the numbers of those the ledger refuses."""
     async with new_db_session_ctx():
         waiting = (await (await db_session(shop)).scalars(select(Unbooked.number))).all()
     refused = []
@@ -115,9 +115,9 @@ async def book() -> list[int]:
 
 
 async def book_one(number: int) -> None:
-    in_ledger = await db_session(ledger)  # asked for first: committed first
+    in_ledger = await db_session(ledger)  # requested first: committed first
     in_shop = await db_session(shop)
     order = await in_shop.get(Unbooked, number, with_for_update=True)
-    if order is not None:  # nobody else has booked it meanwhile
+    if order is not None:  # not booked by another run meanwhile
         await in_ledger.merge(Entry(number=number, account=order.account))
         await in_shop.delete(order)

@@ -1,4 +1,4 @@
-"""Readings of sensors, as responses that are streamed."""
+"""Sensor readings, as streamed responses."""
 
 import asyncio
 import os

@@ -63,7 +63,7 @@ def get_books() -> int:
 
 
 def add_book(session: Session, shelf: str, title: str) -> list[str]:
-    """Put a book on a shelf, and return what is on it: the ORM without an await."""
+    """Put a book on a shelf and return its titles: the ORM without an await."""
     found = session.get(Shelf, shelf) or Shelf(name=shelf)
     session.add(found)
     found.books.append(Book(title=title))

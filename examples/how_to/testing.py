@@ -1,4 +1,4 @@
-"""Tests of an application, each in a transaction that is rolled back at its end."""
+"""Tests of an application, each in a transaction that is rolled back at the end."""
 
 import asyncio
 import os

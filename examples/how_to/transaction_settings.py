@@ -1,4 +1,4 @@
-"""Notes of several tenants, each of whom finds their own: what each transaction is told first."""
+"""Notes of several tenants: each transaction begins with its settings, the tenant among them."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -24,12 +24,12 @@ tenant: ContextVar[str] = ContextVar("tenant")
 
 
 class TenantSession(Session):
-    """Begins each of its transactions for the tenant."""
+    """A session whose transactions begin with the tenant's settings."""
 
 
 @event.listens_for(TenantSession, "after_begin")
 def begin_for_tenant(_: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    if not transaction.nested:  # a savepoint has the settings of its transaction
+    if not transaction.nested:  # a savepoint inherits the settings of its transaction
         settings = text(
             "SELECT set_config('app.tenant', :tenant, true),"
             " set_config('statement_timeout', :timeout, true)"
@@ -38,7 +38,7 @@ def begin_for_tenant(_: Session, transaction: SessionTransaction, connection: Co
 
 
 connect = DBConnect.from_url(DATABASE_URL, session_options={"sync_session_class": TenantSession})
-owner = DBConnect.from_url(DATABASE_URL)  # makes the tables, for no tenant
+owner = DBConnect.from_url(DATABASE_URL)  # creates the tables, without a tenant
 
 
 class Base(DeclarativeBase):
@@ -63,7 +63,7 @@ def enable_row_level_security(_: object, connection: Connection, **__: object) -
 
 
 class SchemaSession(Session):
-    """Finds its tables in the schema of the tenant."""
+    """A session that finds its tables in the tenant's schema."""
 
 
 @event.listens_for(SchemaSession, "after_begin")
@@ -85,7 +85,7 @@ class Invoice(SchemaBase):
 
 
 class TenantMiddleware:
-    """Answer a request for the tenant in its header `X-Tenant`, which a gateway has checked."""
+    """Set the tenant from the header `X-Tenant`, which a gateway has checked."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -115,7 +115,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 app = FastAPI(lifespan=lifespan)
 add_fastapi_http_db_session_middleware(app)
-app.add_middleware(TenantMiddleware)  # after it, and so around it
+app.add_middleware(TenantMiddleware)  # added last, so it runs first
 
 
 async def count_notes() -> int:
@@ -132,7 +132,7 @@ async def note_count() -> None:
 async def add_note(body: str, background: BackgroundTasks) -> None:
     session = await db_session(connect)
     session.add(Note(body=body))
-    background.add_task(note_count)  # in a second transaction, for the same tenant
+    background.add_task(note_count)  # runs in a second transaction, for the same tenant
 
 
 @app.get("/notes")

@@ -1,4 +1,4 @@
-"""A queue worker: a message is a unit of work, and is sent once its row is committed."""
+"""A queue worker: each message is a unit of work, sent once its row is committed."""
 
 import asyncio
 import os
@@ -44,7 +44,7 @@ async def place_order(article: str) -> None:
     session = await db_session(connect)
     order = Order(article=article)
     session.add(order)
-    await session.flush()  # which gives the order its id
+    await session.flush()  # gives the order its id
     on_commit(connect, partial(pack.kiq, order.id))
 
 
