@@ -1,4 +1,4 @@
-"""Serve the application; the arguments are those of uvicorn, such as `--port 8001`."""
+"""Serve the application; arguments are passed to uvicorn, such as `--port 8001`."""
 
 import sys
 

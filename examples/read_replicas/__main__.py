@@ -1,8 +1,8 @@
 """Serve the notes of `examples/how_to/replicas.py` on a primary and a replica.
 
-Starts both, and stops them at the end, unless PRIMARY_URL and REPLICA_URL say where they are. A
-replica has the users and databases of its primary: of its URL, the host and port are used. Other
-arguments are those of uvicorn, such as `--port 8001`.
+Starts both servers and stops them at the end, unless PRIMARY_URL and REPLICA_URL name running ones.
+A replica has the users and databases of its primary, so only the host and port of its URL are used.
+Arguments are passed to uvicorn, such as `--port 8001`.
 """
 
 import os
@@ -17,7 +17,7 @@ from examples.cluster import primary_and_standby
 
 
 def main() -> None:
-    # uvicorn dies of the signal that has ended it, and SIGTERM would leave the servers running.
+    # uvicorn re-raises the signal that stopped it; a bare SIGTERM would leave the servers running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with ExitStack() as stack:
         if "PRIMARY_URL" in os.environ:

@@ -1,4 +1,4 @@
-"""Bring the database up to date, and serve; the arguments are uvicorn's, such as `--port 8001`."""
+"""Migrate the database, and serve; arguments are passed to uvicorn, such as `--port 8001`."""
 
 import sys
 from pathlib import Path

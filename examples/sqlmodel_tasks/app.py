@@ -1,4 +1,4 @@
-"""The endpoints. None of them commits: a response below 400 means that it is done."""
+"""The endpoints. None of them commits: a response below 400 means that the work is stored."""
 
 import logging
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ async def conflict(_: Request, __: Exception) -> JSONResponse:
 
 @app.post("/users/{name}", status_code=201)
 async def sign_up(name: Annotated[Text, Path(max_length=100)]) -> str:
-    """Return a token; where a password would be asked for, or another service trusted."""
+    """Create a user and return a token. A real service would ask for a password."""
     session = await db_session(connect)
     user = User(name=name)
     session.add(user)
@@ -87,7 +87,7 @@ async def process(task_ids: TaskIds, user: CurrentUser, background: BackgroundTa
 
 @app.post("/tasks/queue", status_code=202)
 async def queue(task_ids: TaskIds, user: CurrentUser) -> None:
-    """Leave tasks to the worker of `examples/worker`."""
+    """Queue tasks for the worker of `examples/worker`."""
     await require(user, task_ids)
     await services.queue_tasks(user.id, task_ids)
 
@@ -125,9 +125,9 @@ process_task = retry_on_transient_error(attempts=5)(services.process_task)
 
 
 async def process_in_background(user_id: UUID, task_ids: list[int]) -> None:
-    """Process each task in a context of its own, for a lost race is tried again in another one.
+    """Process each task in its own context, so that a lost race repeats only that task.
 
-    What is still to be done when the process ends is lost: leave to the worker what must not be.
+    Tasks not yet done when the process ends are lost: use the worker for those that must not be.
     """
     for task_id in task_ids:
         try:

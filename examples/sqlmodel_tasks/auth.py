@@ -18,7 +18,7 @@ LIFETIME = timedelta(hours=1)
 
 Credentials = Annotated[
     HTTPAuthorizationCredentials | None,
-    Depends(HTTPBearer(auto_error=False)),  # it would answer 403 in older versions
+    Depends(HTTPBearer(auto_error=False)),  # older versions would answer 403
 ]
 
 

@@ -1,4 +1,4 @@
-"""The database, as the application and its jobs see it; opens nothing when it is imported."""
+"""The database of the application and its jobs; importing it opens nothing."""
 
 from sqlmodel.ext.asyncio.session import AsyncSession
 
@@ -11,8 +11,8 @@ is_sqlite = url.startswith("sqlite")
 connect = DBConnect.from_url(
     url,
     session_options={"class_": AsyncSession},
-    # SQLite has no other level. There a transaction takes the lock of a writer when it begins:
-    # one that has only read cannot wait for it any more.
+    # SQLite has no other level. IMMEDIATE takes the write lock at BEGIN: a transaction that has
+    # already read could not wait for it.
     isolation_level=None if is_sqlite else "SERIALIZABLE",
     connect_args={"timeout": settings.database_timeout}
     | ({"isolation_level": "IMMEDIATE"} if is_sqlite else {}),

@@ -9,7 +9,7 @@ from sqlmodel import Field, SQLModel
 
 
 class Base(SQLModel):
-    # Migrations name the constraints.
+    # Migrations refer to constraints by name.
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -48,10 +48,10 @@ class Task(Owned, table=True):
     category_id: int | None = Field(default=None, foreign_key="category.id")
     completed: bool = False
     processed: bool = False
-    deliveries_left: int = Field(default=0, index=True)  # to the worker; 0: not in the queue
+    deliveries_left: int = Field(default=0, index=True)  # attempts of the worker; 0: not queued
 
 
-# PostgreSQL takes no NUL, which JSON and a URL can have in them.
+# JSON and URLs may contain NUL, which PostgreSQL refuses.
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
@@ -61,7 +61,7 @@ class TaskCreate(SQLModel):
 
 
 class TaskUpdate(SQLModel):
-    """What is sent is changed, and the rest left as it is; null is not valid."""
+    """Changes the fields that are sent, and leaves the rest; null is not valid."""
 
     title: Text = Field(default="", min_length=1, max_length=200)
     completed: bool = False

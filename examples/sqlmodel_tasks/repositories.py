@@ -1,4 +1,4 @@
-"""Queries, each for one user: what belongs to another one is not there."""
+"""Queries, each for one user: rows of other users do not exist for it."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -16,13 +16,13 @@ OwnedT = TypeVar("OwnedT", bound=Owned)
 
 
 class BaseRepository(Generic[RowT]):
-    """The rows of a table. It commits nothing: whoever opened the context does."""
+    """The rows of a table. Commits nothing: the code that opened the context does."""
 
     def __init__(self, model: type[RowT]) -> None:
         self.model = model
 
     def visible(self) -> SelectOfScalar[RowT]:
-        """Return the query that every other one begins with."""
+        """Return the query that all others start from."""
         return select(self.model)
 
     async def get(self, row_id: int) -> RowT | None:
@@ -70,10 +70,10 @@ class CategoryRepository(OwnedRepository[Category]):
         super().__init__(Category, user_id)
 
     async def get_or_create(self, name: str) -> Category:
-        """Return the category of this name.
+        """Return the category of this name, created if it is new.
 
-        Two transactions that make it at the same time are no duplicate to a SERIALIZABLE database:
-        each has looked first, so that one of them fails with a transient error, and is tried again.
+        If two SERIALIZABLE transactions create it at the same time, one gets a transient error, not
+        a violated constraint, because both have looked first. That one is tried again.
         """
         found = await self.get_multi(Category.name == name)
         return found[0] if found else await self.create(Category(user_id=self.user_id, name=name))

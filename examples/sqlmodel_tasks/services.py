@@ -1,6 +1,6 @@
 """What the application does, for its endpoints and for the jobs of `examples/worker`.
 
-Each function takes the session from the context, and leaves the commit to whoever opened that.
+Each function takes its session from the context; the code that opened the context commits.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from examples.sqlmodel_tasks.database import connect
 from examples.sqlmodel_tasks.models import FailedRow, ImportReport, Task, TaskCreate
 from examples.sqlmodel_tasks.repositories import CategoryRepository, TaskRepository
 
-TaskKey: TypeAlias = tuple[UUID, int]  # whose task, and which
+TaskKey: TypeAlias = tuple[UUID, int]  # user id, task id
 
 MAX_DELIVERIES = 5
 
 
 async def create_task(user_id: UUID, new: TaskCreate) -> Task:
-    """Create a task, with its category if that is new: both or neither."""
+    """Create a task, and its category if it is new: both or neither."""
     task = Task(user_id=user_id, title=new.title)
     if new.category is not None:
         task.category_id = (await CategoryRepository(user_id).get_or_create(new.category)).id
@@ -30,7 +30,7 @@ async def create_task(user_id: UUID, new: TaskCreate) -> Task:
 
 
 async def import_tasks(user_id: UUID, rows: list[dict[str, Any]]) -> ImportReport:
-    """Create tasks in the open transaction, in which a bad row fails alone."""
+    """Create tasks in the open transaction; a bad row fails alone."""
     report = ImportReport(imported=0, failed=[])
     for number, row in enumerate(rows):
         try:
@@ -45,21 +45,21 @@ async def import_tasks(user_id: UUID, rows: list[dict[str, Any]]) -> ImportRepor
 
 
 async def process_task(user_id: UUID, task_id: int) -> None:
-    """Process a task; harmless if it was processed already, or is there no more."""
+    """Process a task; harmless if it is already processed, or deleted."""
     task = await TaskRepository(user_id).get(task_id)
     if task is not None:
-        task.processed = True  # where the work is done
+        task.processed = True  # do the real work here
         task.deliveries_left = 0
 
 
 async def queue_tasks(user_id: UUID, task_ids: Sequence[int]) -> None:
-    """Leave tasks to the worker: once this is committed, a crash does not lose them."""
+    """Queue tasks for the worker: once this is committed, a crash does not lose them."""
     for task in await TaskRepository(user_id).get_many(task_ids):
         task.deliveries_left = MAX_DELIVERIES
 
 
 async def take_queued_tasks(limit: int) -> list[TaskKey]:
-    """Take tasks from the queue, to which each comes back until it is processed."""
+    """Take tasks from the queue; each stays queued, for a few deliveries, until it is processed."""
     queued = select(Task).where(Task.deliveries_left > 0).order_by(col(Task.id)).limit(limit)
     session = await db_session(connect)
     tasks = (await session.exec(queued)).all()
@@ -69,7 +69,7 @@ async def take_queued_tasks(limit: int) -> list[TaskKey]:
 
 
 async def unprocessed_tasks(after: int, limit: int) -> list[TaskKey]:
-    """Return the tasks of all users that are not processed and whose ids are above `after`."""
+    """Return the unprocessed tasks of all users with an id above `after`."""
     rest = select(Task).where(col(Task.processed).is_(False), col(Task.id) > after)
     session = await db_session(connect)
     return _keys((await session.exec(rest.order_by(col(Task.id)).limit(limit))).all())

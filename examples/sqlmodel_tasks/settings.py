@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Development: every setting has a default, and SQL is logged."""
 
-    # What pydantic says of a setting that is missing would show the others.
+    # Otherwise pydantic's error for a missing setting would show the values of the others.
     model_config = SettingsConfigDict(hide_input_in_errors=True)
 
     jwt_secret: SecretStr = SecretStr("known to everybody, for development only")
@@ -19,7 +19,7 @@ class Settings(BaseSettings):
     database_max_overflow: int = 5
     database_pool_pre_ping: bool = False
     database_pool_recycle: int = -1
-    database_timeout: int = 30  # seconds, for a new connection; SQLite: for the lock of a writer
+    database_timeout: int = 30  # seconds to wait for a connection; SQLite: for the write lock
 
 
 class ProductionSettings(Settings):

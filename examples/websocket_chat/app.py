@@ -1,4 +1,4 @@
-"""A chat: each message is a unit of work, and is heard by the others once it is committed."""
+"""A chat: each message is a unit of work, broadcast once it is committed."""
 
 import asyncio
 import logging
@@ -44,7 +44,7 @@ class Message(Base):
 
 
 class Draft(BaseModel):
-    """What a client sends."""
+    """A message as a client sends it."""
 
     author: str
     body: str
@@ -60,7 +60,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-add_fastapi_http_db_session_middleware(app)  # for the history; a WebSocket gets nothing from it
+add_fastapi_http_db_session_middleware(app)  # for the history; WebSockets pass through it
 
 Room = Annotated[str, Query(min_length=1, max_length=40)]
 
@@ -92,7 +92,7 @@ async def chat(websocket: WebSocket, room: Room) -> None:
 
 
 async def answer(room: str, text: str) -> dict[str, Any]:
-    """Do what one message asks for, and return what its sender is told."""
+    """Store one message, and return the answer to its sender."""
     try:
         async with new_db_session_ctx():
             await say(room, Draft.model_validate_json(text))
@@ -108,5 +108,5 @@ async def say(room: str, draft: Draft) -> None:
     session = await db_session(connect)
     message = Message(room=room, **draft.model_dump())
     session.add(message)
-    await session.flush()  # which gives the message its id
+    await session.flush()  # gives the message its id
     on_commit(connect, partial(broadcast, room, message.as_json()))

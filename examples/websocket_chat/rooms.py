@@ -1,4 +1,4 @@
-"""Who is in which room, and gets what is said there."""
+"""The members of each room, and the delivery of messages to them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from starlette.websockets import WebSocket
 
-SLOW = 10  # seconds after which a client that does not read is given up
+SLOW = 10  # seconds after which a client that does not read is dropped
 
 Outbox: TypeAlias = asyncio.Queue[dict[str, Any]]
 
@@ -16,7 +16,7 @@ members: dict[str, set[Outbox]] = {}
 
 @contextmanager
 def joined(room: str) -> Iterator[Outbox]:
-    """Be in a room for a block; yields what is to be sent to the client."""
+    """Join a room for the block; yield the queue of events for the client."""
     outbox: Outbox = asyncio.Queue()
     members.setdefault(room, set()).add(outbox)
     try:
@@ -28,13 +28,13 @@ def joined(room: str) -> Iterator[Outbox]:
 
 
 def broadcast(room: str, event: dict[str, Any]) -> None:
-    """Tell everybody in a room; waits for nobody, for a commit waits for its callbacks."""
+    """Queue an event for everyone in a room; never waits, because the commit waits for it."""
     for outbox in members.get(room, ()):
         outbox.put_nowait(event)
 
 
 async def deliver(outbox: Outbox, websocket: WebSocket) -> None:
-    """Send what comes, one after another, until cancelled.
+    """Send queued events in order, until cancelled.
 
     Raises:
         TimeoutError: If the client does not read.

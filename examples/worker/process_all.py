@@ -1,4 +1,4 @@
-"""A script with a progress bar; one that was killed goes on where it was when it is run again."""
+"""A script with a progress bar; if killed, it resumes where it stopped when run again."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""The queue worker: does what is committed as queued, again if a worker was killed meanwhile."""
+"""The queue worker: processes queued tasks, again if a worker was killed meanwhile."""
 
 import asyncio
 import signal
@@ -27,7 +27,7 @@ async def take() -> list[services.TaskKey]:
 
 
 async def deliver() -> int:
-    """Send messages for queued tasks, wait until these are done, and return how many they were."""
+    """Send messages for queued tasks, wait until they are done, and return how many there were."""
     tasks = await take()
     for user_id, task_id in tasks:
         await process.kiq(user_id, task_id)
@@ -36,7 +36,7 @@ async def deliver() -> int:
 
 
 async def work() -> None:
-    """Deliver what is queued until SIGINT or SIGTERM, and finish what has begun then."""
+    """Deliver queued tasks until SIGINT or SIGTERM, then finish those in progress."""
     stopped = asyncio.Event()
     for number in signal.SIGINT, signal.SIGTERM:  # taskiq swallows a cancellation
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

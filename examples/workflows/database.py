@@ -1,4 +1,4 @@
-"""The database, and its life in that of an application."""
+"""The database, and the application's lifespan that creates and closes it."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -12,10 +12,10 @@ connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///workflows
 
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncGenerator[None]:
-    """Create the tables; at the end, close the connections.
+    """Create the tables at startup; close the connections at shutdown.
 
     Args:
-        _: The application, which frameworks pass.
+        _: The application, as frameworks pass it.
     """
     async with connect:
         await create_tables()

@@ -1,4 +1,4 @@
-"""Which workflow a request is answered by, in every framework."""
+"""Which workflow answers which request, in every framework."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -9,7 +9,7 @@ from examples.workflows import workflows
 
 
 class WorkflowRoute(NamedTuple):
-    """A path, and what answers it, as JSON."""
+    """A path, and the workflow that answers it, as JSON."""
 
     method: str
     path: str

@@ -1,7 +1,7 @@
-"""What an application does with sessions and transactions. No framework is needed for it.
+"""What an application does with sessions and transactions, without any framework.
 
-Each function is called in the context of a request. What it leaves open is committed before a
-response below 400 starts, and rolled back otherwise.
+Each function runs in the context of a request. What it leaves open is committed before a response
+below 400 starts, and rolled back otherwise.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from examples.workflows.models import Note
 
 
 async def notes() -> list[str]:
-    """Read what is stored."""
+    """Return the stored notes."""
     session = await db_session(connect)
     return list(await session.scalars(select(Note.text).order_by(Note.id)))
 
 
 async def simple_usage() -> None:
-    """Two functions have the same session, in the same transaction."""
+    """Two functions use the same session, in the same transaction."""
     session = await db_session(connect)
     session.add(Note(text="by the handler"))
     await write("by a function that it calls")
@@ -55,7 +55,7 @@ async def atomic() -> None:
 
 
 async def atomic_after_open_transaction(mode: CurrentTransaction, fails: bool) -> bool:
-    """A block finds a transaction open; return whether one is open after it."""
+    """A block begins while a transaction is open; return whether one is open after it."""
     session = await db_session(connect)
     await write("before the block")
     with suppress(ValueError):
@@ -67,7 +67,7 @@ async def atomic_after_open_transaction(mode: CurrentTransaction, fails: bool) -
 
 
 async def early_commit() -> None:
-    """What is committed stays, although the request fails later."""
+    """What is committed stays, even though the request fails later."""
     await write("before the commit")
     await commit_db_session(connect)
     await write("after the commit")
@@ -82,7 +82,7 @@ async def early_rollback() -> None:
 
 
 async def early_close() -> bool:
-    """The connection is given back, as before something slow; return whether the session is new."""
+    """Closing returns the connection, as before slow work; return whether the session is new."""
     session = await db_session(connect)
     await write("committed before the close")
     await commit_db_session(connect)
@@ -93,12 +93,12 @@ async def early_close() -> bool:
 
 
 async def concurrent_queries() -> None:
-    """Each call has a context, hence a connection, of its own, and is committed at its end."""
+    """Each call has its own context and connection, and is committed at its end."""
     await asyncio.gather(run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another"))
 
 
 async def sessions_outside_the_context() -> None:
-    """The request knows nothing of these sessions: its failure does not undo what they commit."""
+    """These sessions are outside the request: its failure does not undo what they commit."""
     async with new_non_ctx_session(connect) as session:
         session.add(Note(text="committed by hand"))
         await session.commit()
@@ -110,11 +110,11 @@ async def sessions_outside_the_context() -> None:
 
 
 async def rollback_by_exception() -> None:
-    """Nothing stays of a request that raises."""
+    """A request that raises stores nothing."""
     await write("before the exception")
     raise RuntimeError("the request fails")
 
 
 async def rollback_by_status_code() -> None:
-    """Nothing stays of a request that is answered with an error: its route says 409."""
+    """A request answered with an error stores nothing: its route says 409."""
     await write("before the answer")

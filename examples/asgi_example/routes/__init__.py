@@ -1,4 +1,4 @@
-"""The routes: a request is looked up, and answered with what its workflow returns."""
+"""The routes: look up the workflow of a request, and answer with its result."""
 
 import json
 

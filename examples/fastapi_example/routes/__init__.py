@@ -1,4 +1,4 @@
-"""The routes: a workflow is an endpoint as it is."""
+"""The routes: each workflow is an endpoint as it is."""
 
 from fastapi import APIRouter
 

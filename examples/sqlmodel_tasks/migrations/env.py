@@ -1,4 +1,4 @@
-"""Run migrations on the database of the application."""
+"""Run migrations on the application's database."""
 
 import asyncio
 
@@ -13,8 +13,8 @@ def migrate(connection: Connection) -> None:
     context.configure(
         connection,
         target_metadata=Base.metadata,
-        render_as_batch=True,  # SQLite cannot alter a table: Alembic makes a new one of it
-        transactional_ddl=True,  # on SQLite too, where Alembic does not count on it
+        render_as_batch=True,  # SQLite cannot alter a table: Alembic makes a new one
+        transactional_ddl=True,  # on SQLite too, where Alembic's default is False
     )
     with context.begin_transaction():
         context.run_migrations()

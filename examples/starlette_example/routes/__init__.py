@@ -1,4 +1,4 @@
-"""The routes: an endpoint answers with what its workflow returns."""
+"""The routes: each endpoint answers with the result of its workflow."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse

@@ -1,4 +1,4 @@
-"""The application commits as ever; a test looks with a session of its own, and cleans up."""
+"""The application commits as usual; each test looks with its own session, and cleans up."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["client", "session"]
 
 @pytest_asyncio.fixture
 async def client(app: Any) -> AsyncGenerator[httpx.AsyncClient]:
-    """Return a client of the application on a real server; check that every connection is home."""
+    """Return a client of the application on a real server; check that no connection leaks."""
     async with http_client(app) as client:
-        await client.get("/notes")  # once it answers, it has started, and there are tables
+        await client.get("/notes")  # once it answers, the tables exist
         yield client
         assert connect.pool_status().checked_out == 0
     assert connect.engine is None, "the application has not closed its connections"
@@ -29,7 +29,7 @@ async def client(app: Any) -> AsyncGenerator[httpx.AsyncClient]:
 
 @pytest_asyncio.fixture
 async def session(client: httpx.AsyncClient) -> AsyncGenerator[AsyncSession]:
-    """Return a session on a connection of its own; empty the tables at the end."""
+    """Return a session on its own connection; empty the tables at the end."""
     engine = await connect.create_engine()
     async with AsyncSession(engine) as session:
         yield session

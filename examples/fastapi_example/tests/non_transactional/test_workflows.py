@@ -1,4 +1,4 @@
-"""The same on real transactions, and what only these show."""
+"""The same tests on real transactions, and tests that need these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each test is in one transaction with the application, which is rolled back at its end."""
+"""Each test shares one transaction with the application, rolled back at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect
 
-# In the conftest.py at the root of a project, instead of this import:
+# In your project, write this in the top-level conftest.py instead of the import:
 # pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
 from context_async_sqlalchemy.pytest_plugin import shared_session
 from examples.workflows.database import connect, create_tables
@@ -22,7 +22,7 @@ __all__ = ["client", "db_connect", "session", "shared_session"]
 
 @pytest_asyncio.fixture
 async def db_connect() -> AsyncGenerator[DBConnect]:
-    """Return the database, with its tables; check that every connection comes home."""
+    """Return the database, with its tables; check that no connection leaks."""
     await create_tables()
     yield connect
     assert connect.pool_status().checked_out == 0
@@ -30,14 +30,14 @@ async def db_connect() -> AsyncGenerator[DBConnect]:
 
 @pytest.fixture
 def session(shared_session: AsyncSession) -> AsyncSession:
-    """Return a session in the transaction."""
+    """Return the session of the shared transaction."""
     return shared_session
 
 
 @pytest_asyncio.fixture
 async def client(app: Any, session: AsyncSession) -> AsyncGenerator[httpx.AsyncClient]:
-    """Return a client that calls the application on the event loop of the test."""
-    # A server would answer an exception with 500, too, instead of raising it here.
+    """Return a client that calls the application on the test's event loop."""
+    # Like a server, answer an exception with 500 instead of raising it here.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

@@ -1,4 +1,4 @@
-"""What each workflow answers, and what it leaves in the database."""
+"""What each workflow answers, and what it stores."""
 
 from __future__ import annotations
 
