@@ -93,7 +93,11 @@ class DBSessionContext:
         """Settle only what is begun from now on."""
         # A mock of a user's test says at any time that it is in a transaction: one that was rolled
         # back with a 404 would be committed when the body ends.
-        self.settled_mocks = [session for session in self.sessions if not is_real(session)]
+        self.settled_mocks = [
+            session
+            for session in self.sessions
+            if is_in_transaction(session) and not is_real(session)
+        ]
 
     def watch_commits(self) -> CommitWatch:
         """Watch the commits of every session from now on."""

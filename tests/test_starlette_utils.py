@@ -332,6 +332,38 @@ async def test_the_body_of_the_dispatch_function_may_be_read_by_another_response
 
 
 @every_way
+async def test_a_fake_of_a_session_that_begins_another_transaction_is_settled_again(
+    add_middleware: Any,
+) -> None:
+    is_open = False
+    session = AsyncMock(in_transaction=lambda: is_open)
+    connect: Any = Mock(context_key="key", create_session=AsyncMock(return_value=session))
+
+    async def write() -> None:
+        nonlocal is_open
+        assert await db_session(connect) is session
+        is_open = True
+
+    async def commit() -> None:
+        nonlocal is_open
+        is_open = False
+
+    session.commit.side_effect = commit
+
+    async def body() -> AsyncGenerator[str]:
+        yield "a"
+        await write()
+
+    async def endpoint(_: Request) -> Response:
+        await write()
+        return StreamingResponse(body())
+
+    async with http_client(app_of(endpoint, add_middleware)) as client:
+        assert (await client.get("/")).text == "a"
+    assert session.commit.await_count == 2
+
+
+@every_way
 @pytest.mark.parametrize("status", [200, 404])
 async def test_a_mock_of_a_session_is_settled_once(add_middleware: Any, status: int) -> None:
     session = AsyncMock()
