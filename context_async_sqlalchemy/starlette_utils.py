@@ -30,6 +30,7 @@ from context_async_sqlalchemy.auto_commit import (
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import DBSessionContext
 from context_async_sqlalchemy.release import wait_until_idle
+from context_async_sqlalchemy.shield import logger
 from context_async_sqlalchemy.starlette_errors import (
     add_database_exception_handlers,
     call_handler,
@@ -169,9 +170,16 @@ class _EndingResponse(Response):
             response = object.__new__(self._class)
             vars(response).update(vars(self))
             await response(scope, receive, send)
+            if self._context.in_transaction():
+                logger.warning(
+                    "Another middleware has replaced the body of a response, and not read it: what "
+                    "is not committed is rolled back."
+                )
         except BaseException as error:
             await abandon(self._context, error)
             raise
+        else:
+            await finish(self._context, commit=False)
 
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
         # Not in __call__: another middleware may read the body and make another response of it,

@@ -331,6 +331,38 @@ async def test_the_body_of_the_dispatch_function_may_be_read_by_another_response
         assert connections_out(connect) == 0
 
 
+@pytest.mark.parametrize("reads", [False, True])
+async def test_the_dispatch_function_ends_the_context_if_the_body_is_replaced(
+    connect: DBConnect, database: Database, reads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sessions: list[AsyncSession] = []
+
+    async def endpoint(_: Request) -> Response:
+        commit_after_response()
+        await add(connect, "a")
+        sessions.append(await db_session(connect))
+        return StreamingResponse(parts(b"a"))
+
+    async def parts(part: bytes) -> AsyncGenerator[bytes]:
+        yield part
+
+    async def dispatch(request: Request, call_next: Any) -> Response:
+        response: Any = await starlette_http_db_session_middleware(request, call_next)
+        if reads:
+            async for _ in response.body_iterator:
+                pass
+        response.body_iterator = parts(b"b")
+        return response  # type: ignore[no-any-return]
+
+    app = app_of(endpoint, lambda app: app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch))
+    async with http_client(app) as client:
+        assert (await client.get("/")).text == "b"
+    [session] = sessions
+    assert not session.in_transaction()
+    assert await database.names() == (["a"] if reads else [])
+    assert ("what is not committed is rolled back" in caplog.text) is not reads
+
+
 @every_way
 async def test_a_fake_of_a_session_that_begins_another_transaction_is_settled_again(
     add_middleware: Any,
