@@ -13,7 +13,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from context_async_sqlalchemy.engine import EngineOptions
 from context_async_sqlalchemy.engines import Engines, SessionMaker, check_callable
 from context_async_sqlalchemy.from_url import creators_from_url
-from context_async_sqlalchemy.guards import guard
 from context_async_sqlalchemy.leak_detection import check_leak_detection_threshold
 from context_async_sqlalchemy.pools import PoolStatus, pool_status
 from context_async_sqlalchemy.redaction import hide_password
@@ -288,8 +287,7 @@ class DBConnect(Generic[SessionT_co]):
 
     @_engine.setter
     def _engine(self, engine: AsyncEngine) -> None:
-        guard(engine)
-        self._engines.put_by_hand = engine
+        self._engines.put(engine)
 
     @property
     def _session_maker(self) -> SessionMaker | None:

@@ -88,6 +88,14 @@ class Engines:
         await _wait_a_moment(retiring)
         return opened
 
+    def put(self, engine: AsyncEngine) -> None:
+        """Put an engine here that somebody else made."""
+        self.put_by_hand = None
+        # A test that has patched it puts back what was there: its user is counted already.
+        if engine is not self.here():
+            guard(engine)
+            self.put_by_hand = engine
+
     async def switch(self, host: str, *, anew: bool) -> None:
         """Talk to `host` from now on, with a new engine even if it is the host already."""
         _check_host(host)

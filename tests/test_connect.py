@@ -654,6 +654,20 @@ async def test_an_engine_that_two_connects_share_is_closed_by_the_last(
     await database.is_left_by_all()
 
 
+async def test_an_engine_that_a_test_has_patched_is_closed(
+    database_url: URL, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = make_connect(database_url)
+    await connect.ping()
+    engine = connect.engine
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(connect, "_engine", engine_mock())
+    assert connect._engine is engine
+    await connect.close()
+    await database.is_left_by_all()
+
+
 async def test_copies_of_an_engine_do_not_pile_up(database_url: URL) -> None:
     base = create_async_engine(database_url)
     connect = DBConnect(
