@@ -44,10 +44,12 @@ async def result_within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     _running.add(task)
     task.add_done_callback(_forget)
     try:
-        async with asyncio.timeout(seconds):
-            return await asyncio.shield(task)
+        done, _ = await asyncio.wait([task], timeout=seconds)
     finally:
         task.cancel()
+    if not done:
+        raise TimeoutError
+    return task.result()
 
 
 def _forget(task: asyncio.Task[Any]) -> None:

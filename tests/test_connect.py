@@ -28,7 +28,7 @@ from examples.postgres import free_port
 from tests.conftest import Database, make_connect
 from tests.models import Base, Item
 from tests.programs import until
-from tests.proxy import Call, Fault, proxy
+from tests.proxy import Call, proxy
 
 
 def engine_mock() -> Any:
@@ -569,23 +569,26 @@ async def test_ping_waits_no_longer_than_it_is_told(connect: DBConnect, database
 async def test_ping_does_not_wait_for_the_end_of_a_silent_connection(
     database_url: URL, database: Database, driver: str
 ) -> None:
-    tasks = asyncio.all_tasks()
+    speaks = asyncio.Event()
+    speaks.set()
 
-    async def hang(call: Call) -> Fault | None:
-        if call.statement != "connect":
-            await asyncio.Event().wait()
-        return None
+    async def hang(_: Call) -> None:
+        await speaks.wait()
 
     assert database_url.host is not None
     assert database_url.port is not None
     async with proxy(database_url.host, database_url.port, hang) as port:
+        tasks = asyncio.all_tasks()
         url = database_url.set(drivername=f"postgresql+{driver}", host="127.0.0.1", port=port)
         async with make_connect(url) as connect:
+            await connect.ping()
+            speaks.clear()
             # asyncpg closes such a connection in 2 seconds, psycopg in 5.
             async with asyncio.timeout(2):
                 with pytest.raises(TimeoutError):
                     await connect.ping(timeout=0.5)
-    await until(lambda: asyncio.all_tasks() <= tasks)
+            speaks.set()
+        await until(lambda: asyncio.all_tasks() <= tasks)
     await database.is_left_by_all()
 
 
