@@ -1,7 +1,7 @@
-"""The session of the context as a dependency of FastAPI."""
+"""The session of the context as a FastAPI dependency."""
 
-# No `from __future__ import annotations`: FastAPI 0.115 cannot read the annotations of an object's
-# __call__ then.
+# No `from __future__ import annotations`: with it, FastAPI 0.115 cannot read the annotations of an
+# object's __call__.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -45,17 +45,17 @@ class DBSessionDependency(Generic[SessionT]):
 
     It is the session that `await db_session(dependency.connect)` returns anywhere in the request.
 
-    With the middleware, that settles it. Without, the first use in a request opens a context that
-    all the others share, and that is settled when the endpoint has returned, before the response
-    starts: committed if the status is below 400, else rolled back, as after an exception. Of a
-    streamed body and of background tasks that promise is not made; they need the middleware.
+    The middleware, if added, settles it. Without it, the first use in a request opens a context for
+    the whole request, settled when the endpoint returns, before the response starts: committed if
+    the status is below 400, otherwise rolled back, as after an exception. This does not cover
+    streamed bodies and background tasks: they need the middleware.
 
-    `DBSessionDependency[OurSession]()` is for a type checker: the class of the sessions that the
-    connect of `initialize` will make.
+    `DBSessionDependency[OurSession]()` tells a type checker the class of the sessions that the
+    connect from `initialize` will make.
 
     Args:
-        connect: The database. Default None: that of `initialize`.
-        manage_transactions: As of `initialize`. Default True.
+        connect: The database. Default None: the one that `initialize` makes.
+        manage_transactions: As in `initialize`. Default True.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class DBSessionDependency(Generic[SessionT]):
         """The database.
 
         Raises:
-            RuntimeError: If there is none yet.
+            RuntimeError: If it is not set yet.
         """
         if self._connect is None:
             raise RuntimeError(
@@ -91,25 +91,25 @@ class DBSessionDependency(Generic[SessionT]):
     ) -> None:
         """Make the connect, in the lifespan of the application; opens nothing.
 
-        One that an earlier call made is closed.
+        Closes the connect that an earlier call made.
 
         Args:
-            url: As of `DBConnect.from_url`.
-            password: The password as it is, with nothing percent-encoded. Default None: that of the
-                URL.
-            manage_transactions: Whether a request is one transaction, committed for it. With False
-                the application begins and ends transactions itself: nothing is committed for it,
-                and what is open at the end of the request is rolled back. Default True.
-            **options: What else `DBConnect.from_url` takes. `isolation_level` None, its default, is
-                that of the database.
+            url: As in `DBConnect.from_url`.
+            password: The password as it is, not percent-encoded. Default None: the one in the URL.
+            manage_transactions: Whether to commit or roll back each request as one transaction.
+                With False, the application begins and ends transactions itself: nothing is
+                committed for it, and what is still open at the end of the request is rolled back.
+                Default True.
+            **options: The other options of `DBConnect.from_url`. `isolation_level` None, its
+                default, means the default of the database.
 
         Raises:
-            TypeError: If an option is not known, or of the wrong type.
-            ValueError: If the URL cannot be read, its driver is not async, or an option has no
-                sense.
+            TypeError: If an option is unknown, or of the wrong type.
+            ValueError: If the URL cannot be parsed, its driver is not async, or an option has an
+                invalid value.
         """
         connect = DBConnect.from_url(url, password, **options)
-        # First the new one: a request that used a connect meanwhile closed would open it again.
+        # Replace it before closing it: a request that uses a closed connect opens it again.
         replaced = self._connect if self._is_owner else None
         self._connect, self._is_owner = connect, True
         self._manages_transactions = manage_transactions
@@ -127,7 +127,7 @@ class DBSessionDependency(Generic[SessionT]):
     async def __call__(
         self, connection: HTTPConnection, response: Response
     ) -> AsyncGenerator[SessionT]:
-        """Yield the session; called by FastAPI."""
+        """Yield the session; FastAPI calls this."""
         if connection.scope["type"] != "http":
             raise RuntimeError(
                 "A WebSocket has no moment of success: open a context for each message, with "
@@ -135,7 +135,7 @@ class DBSessionDependency(Generic[SessionT]):
             )
         connect = self.connect
         session: AbstractAsyncContextManager[SessionT]
-        # A test settles itself, and looks at what was done before it rolls back.
+        # A test settles its own context, and checks the work before it rolls back.
         if self._manages_transactions or is_test_context():
             session = _managed_session(connect, connection.scope)
         else:
@@ -161,7 +161,7 @@ async def _managed_session(connect: DBConnect[SessionT], scope: Scope) -> AsyncG
 async def _unmanaged_session(
     connect: DBConnect[SessionT], scope: Scope
 ) -> AsyncGenerator[SessionT]:
-    """Yield the request's session that nobody but the application commits."""
+    """Yield the request's session, which only the application commits."""
     key = f"context_async_sqlalchemy.{connect.context_key}"
     if key in scope:
         yield scope[key]
@@ -172,7 +172,7 @@ async def _unmanaged_session(
         detect_leaks(session, threshold, connect, context.request, scope.get("endpoint"))
     # Not `context.put`: the context would settle it.
     context.by_key.setdefault(connect.context_key, session)
-    # What the application has committed is not done again by `attempts` of the middleware.
+    # The middleware's `attempts` does not repeat what the application has committed.
     context.watch_commits().watch(connect.context_key, session)
     try:
         yield session
@@ -185,11 +185,11 @@ async def _unmanaged_session(
 
 
 class _Request:
-    """A request whose context a dependency has opened.
+    """A request whose context was opened by a dependency.
 
     Attributes:
-        context: That context.
-        succeeded: Whether the response is a success; None while the endpoint has not returned.
+        context: The context.
+        succeeded: Whether the response is a success; None until the endpoint has returned.
     """
 
     def __init__(self, context: DBSessionContext, scope: Scope, response: Response) -> None:
@@ -200,15 +200,15 @@ class _Request:
         self._task = asyncio.current_task()
 
     def is_of(self, endpoint: object) -> bool:
-        """Return whether `endpoint` was called for it, and not for another one.
+        """Return whether `endpoint` was called for this request, and not for another.
 
-        A task may have inherited it, or an endpoint call another application.
+        A child task may have inherited this request, or an endpoint may call another application.
         """
         is_here = self._task is asyncio.current_task() and not self.context.closed
         return is_here and self._scope.get("endpoint") is endpoint
 
     async def settle(self, returned: object) -> None:
-        """Commit or roll back by the status of the response that the endpoint's result becomes."""
+        """Commit or roll back by the response status that follows from `returned`."""
         if isinstance(returned, Response):
             status = returned.status_code
         else:
@@ -218,11 +218,11 @@ class _Request:
             await settle(self.context, commit=self.succeeded)
 
     async def finish(self) -> None:
-        """End the context, and commit what was done since the endpoint has returned."""
+        """End the context, and commit what was done after the endpoint returned."""
         if self.succeeded is None:
-            # Not called was an endpoint whose parameters are not valid, which FastAPI 0.117 and
-            # older find out after the dependencies have ended. Later ones stream what a generator
-            # yields that is an endpoint, and end the dependencies after that.
+            # `run_endpoint_function` was not called. FastAPI up to 0.117 rejects invalid parameters
+            # only after the dependencies have ended. Later versions stream from an endpoint that is
+            # a generator, and end the dependencies after the stream.
             self.succeeded = "fastapi_inner_astack" in self._scope
         await finish(self.context, commit=self.succeeded)
 
@@ -247,11 +247,11 @@ _request: ContextVar[_Request | None] = ContextVar("request", default=None)
 
 
 def _watch_endpoints() -> None:
-    """Settle a request whose context a dependency has opened when its endpoint has returned.
+    """Settle a request whose context was opened by a dependency when its endpoint returns.
 
-    A dependency that yields ends before the response in FastAPI up to 0.117 and after it since,
-    with no other choice before 0.121; and it never sees the response, which may be a 404. This
-    function of FastAPI is there to be wrapped (for profilers, as its source says), and does.
+    A dependency with `yield` ends before the response in FastAPI up to 0.117 and after it in later
+    versions, with no choice before 0.121; and it never sees the response, which may be a 404.
+    FastAPI has this function so that it can be wrapped (for profilers, as its source says).
     """
     run = fastapi.routing.run_endpoint_function
     if getattr(run, "settles", False):

@@ -1,4 +1,4 @@
-"""The middleware, the dependency and what Starlette has, for FastAPI."""
+"""The middleware, the dependency and the Starlette helpers, for FastAPI."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_fastapi_http_db_session_middleware(
 
     Args:
         app: The application.
-        before_commit: Called with each session that is about to be committed. Default None.
-        **options: What else `ASGIHTTPDBSessionMiddleware` takes.
+        before_commit: Called with each session before it is committed. Default None.
+        **options: The other options of `ASGIHTTPDBSessionMiddleware`.
     """
     add_starlette_http_db_session_middleware(app, before_commit, **options)
