@@ -1,4 +1,4 @@
-"""Exception handlers for what a database does to a request that is nobody's mistake."""
+"""Exception handlers for database errors that are no fault of the application or the client."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _UNAVAILABLE = "The database is not available. Try again later."
 
 
 def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> None:
-    """Answer transient errors of the database with a status that says so, instead of 500.
+    """Answer transient database errors with a specific status instead of 500.
 
-    503 with `Retry-After`: the database cannot be reached, was lost, starts up or shuts down, or
-    has too many connections; or no connection was to be had in time, from it or from the pool.
+    503 with `Retry-After`: the database cannot be reached, was lost, is starting up or shutting
+    down, or has too many connections; or no connection was available in time, from it or the pool.
 
     409: the request lost a serialization race, a deadlock or a lock. Not 503, which tells a load
-    balancer that this process is not well.
+    balancer that this process is unhealthy.
 
-    Every other error goes on to the handler that the application has for it, or becomes a 500 as
-    before. So do a violated constraint, and a COMMIT whose outcome is unknown. No answer shows a
+    Every other error, including a violated constraint and a COMMIT whose outcome is unknown, goes
+    to the application's own handler for it, or becomes a 500 as before. No response shows a
     statement, a parameter or a password; the error is logged.
 
-    With `attempts=` of the middleware, only the error of the last attempt is answered.
+    With the middleware's `attempts=`, only the error of the last attempt is answered.
 
     Args:
-        app: The application, before its first request. A handler of its own for an error, or for a
-            class that is closer to it, comes first.
-        retry_after: After how many seconds a client should come back. Default 5.
+        app: The application, before its first request. Its own handlers for an error, or for a more
+            specific class, take precedence.
+        retry_after: How long a client should wait before trying again, in seconds. Default 5.
 
     Raises:
-        RuntimeError: If the application has started: it would not look at the handlers.
+        RuntimeError: If the application has started: it would ignore the handlers.
         ValueError: If `retry_after` is less than 0.
     """
     if app.middleware_stack is not None:
@@ -58,7 +58,7 @@ def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> Non
 async def call_handler(
     handler: Callable[..., Any], connection: HTTPConnection, error: Exception
 ) -> Response:
-    """Call an exception handler, a plain function in a thread, as Starlette does."""
+    """Call an exception handler as Starlette does: a plain function runs in a thread."""
     if inspect.iscoroutinefunction(handler):
         return await handler(connection, error)  # type: ignore[no-any-return]
     return await run_in_threadpool(handler, connection, error)
@@ -69,7 +69,7 @@ class _Handler:
         self._headers = {"Retry-After": str(retry_after)}
 
     async def handle(self, connection: HTTPConnection, error: Exception) -> Response:
-        # A WebSocket that was accepted can be sent no response.
+        # An accepted WebSocket cannot be sent a response.
         if isinstance(connection, Request):
             response = self._response_to(error)
             if response is not None:
@@ -86,7 +86,7 @@ class _Handler:
         return None
 
     async def _pass_on(self, connection: HTTPConnection, error: Exception) -> Response:
-        """Do what would be done without this handler."""
+        """Do what would happen without this handler."""
         by_class, _ = connection.scope.get("starlette.exception_handlers", ({}, {}))
         for cls in type(error).__mro__:
             handler = by_class.get(cls)
@@ -97,8 +97,8 @@ class _Handler:
 
 
 def _classes() -> list[type[Exception]]:
-    # Some of what drivers raise while they connect is not wrapped by SQLAlchemy. A transaction goes
-    # on after an error that was swallowed, and PendingRollbackError is what its COMMIT raises.
+    # SQLAlchemy does not wrap every error that drivers raise while they connect. If the application
+    # swallows an error of a transaction and goes on, its COMMIT raises PendingRollbackError.
     classes: list[type[Exception]] = [DBAPIError, PendingRollbackError, PoolTimeoutError, OSError]
     try:
         import asyncpg
@@ -108,7 +108,7 @@ def _classes() -> list[type[Exception]]:
 
 
 def _log(error: Exception, status: int) -> None:
-    # Not the whole message of SQLAlchemy, which has the statement and its parameters.
+    # Not the whole message of SQLAlchemy, which includes the statement and its parameters.
     reason = getattr(error, "orig", None) or (error if not isinstance(error, DBAPIError) else "")
     logger.warning(
         "A request was answered with %s: %s: %s",

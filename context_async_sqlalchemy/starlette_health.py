@@ -1,4 +1,4 @@
-"""An endpoint that tells whether the database answers, and how full the pool is."""
+"""An endpoint that reports whether the database answers, and how full the pool is."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def database_health(
     connect: DBConnect,
     timeout: float = 2.0,
 ) -> Callable[[Request], Awaitable[JSONResponse]]:
-    """Make an endpoint for the probes of whoever runs the application.
+    """Make an endpoint for health probes.
 
         Route("/health", database_health(connect))
         app.add_api_route("/health", database_health(connect))
 
-    It answers 200 if the database answers, else 503, with `healthy` and the counts of `pool_status`
-    as `pool`. It asks on a connection of its own, which it opens and closes each time: a full pool
-    is shown, and not waited for. An in-memory database of SQLite always answers.
+    It responds 200 if the database answers, otherwise 503, with `healthy` and the counts of
+    `pool_status` as `pool`. It opens and closes its own connection each time, so it reports a full
+    pool instead of waiting for it. An in-memory SQLite database always answers.
 
-    Why a database is not healthy is logged, without the password; the answer does not say it.
+    The reason a database is not healthy is logged, without the password; the response omits it.
 
     Args:
         connect: The database.
-        timeout: How many seconds it has for its answer. Default 2.
+        timeout: How long the database may take to answer, in seconds. Default 2.
 
     Raises:
         ValueError: If `timeout` is not more than 0.
@@ -66,7 +66,7 @@ async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
 async def _ask(connect: DBConnect) -> bool:
     engine: AsyncEngine | None = None
     try:
-        # Its handler may be what chooses the host.
+        # Runs the connect's handler, which may choose the host.
         await connect.session_maker()
         engine = await connect.create_engine()
         guard(engine)  # a creator may return one that is in use
