@@ -1,4 +1,4 @@
-"""What SQLAlchemy takes for a connection of the driver, and is a part of one: a savepoint."""
+"""What SQLAlchemy uses as a driver's connection, but is only a savepoint on one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 
 class Lender(Protocol):
-    """Who sets and ends the savepoints on a connection.
+    """Sets and ends the savepoints on a connection.
 
     Attributes:
         driver: The connection, as SQLAlchemy adapts it.
@@ -18,33 +18,33 @@ class Lender(Protocol):
     driver: Any
 
     def enter(self, lent: LentConnection) -> None:
-        """Let it execute a statement."""
+        """Let `lent` execute a statement."""
 
     def commit(self, lent: LentConnection) -> None:
-        """Keep what it has done."""
+        """Keep the work of `lent`."""
 
     def rollback(self, lent: LentConnection) -> None:
-        """Undo what it has done."""
+        """Undo the work of `lent`."""
 
     def discard(self, lent: LentConnection) -> None:
-        """Undo what it has done, wherever its task was."""
+        """Undo the work of `lent`, at whatever point its task was."""
 
     def has_turn(self, lent: LentConnection) -> bool:
-        """Return whether a statement that the driver executes is one of `lent`."""
+        """Return whether a statement that the driver is executing belongs to `lent`."""
 
 
 class LentConnection:
     """A part of a connection, with the methods of one (PEP 249).
 
     Args:
-        lender: Who has the connection.
-        autocommit: Whether each of its statements is a transaction.
+        lender: Has the connection.
+        autocommit: Whether each statement is its own transaction.
 
     Attributes:
-        depth: How many others its savepoint is inside of.
+        depth: How many other savepoints enclose this one.
         has_begun: Whether its savepoint was set.
         is_discarded: Whether its savepoint is being undone.
-        readonly: Whether its transaction is to be read only.
+        readonly: Whether its transaction is read-only.
     """
 
     def __init__(self, lender: Lender, autocommit: bool) -> None:
@@ -65,7 +65,7 @@ class LentConnection:
 
     @property
     def _execute_mutex(self) -> asyncio.Lock | None:
-        # Somebody else's statement is none of this session's.
+        # While another session runs a statement, this session is not inside one.
         is_its_turn = self._lender.has_turn(self)
         return getattr(self._lender.driver, "_execute_mutex", None) if is_its_turn else None
 
@@ -88,8 +88,8 @@ class LentConnection:
     def terminate(self) -> None:
         self._lender.discard(self)
 
-    # How SQLAlchemy sets the properties of a transaction, by the names of asyncpg, psycopg and
-    # sqlite3. To one that has begun, an isolation level is AUTOCOMMIT, or not.
+    # How SQLAlchemy sets the properties of a transaction, under the names of asyncpg, psycopg and
+    # sqlite3. The shared transaction has begun: a level only matters as AUTOCOMMIT, or not.
 
     def set_isolation_level(self, level: object) -> None:
         if isinstance(level, str):  # psycopg's are not

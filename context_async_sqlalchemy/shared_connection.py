@@ -1,4 +1,4 @@
-"""One connection in one transaction, lent to many, each of whom has a savepoint."""
+"""One connection in one transaction, lent to many, each with its own savepoint."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from context_async_sqlalchemy.turns import Turns
 class SharedConnection:
     """A connection in a transaction that is never committed.
 
-    To each of those to whom it is lent a savepoint is the transaction, inside that of the one whose
-    turn it was before.
+    It is lent as `LentConnection`s. Each has a savepoint as its transaction, inside that of the one
+    that had the turn before.
 
     Args:
         connection: The connection.
@@ -30,7 +30,7 @@ class SharedConnection:
 
     Attributes:
         driver: The connection, as SQLAlchemy adapts it.
-        turns: Whose turn it is.
+        turns: Which of them has the turn.
     """
 
     def __init__(self, connection: AsyncConnection, timeout: float) -> None:
@@ -55,21 +55,21 @@ class SharedConnection:
             driver.isolation_level is None if is_sqlite else getattr(driver, "autocommit", False)
         )
         if self._autocommit and not is_sqlite:
-            # Or else there would be no transaction to roll back.
+            # Otherwise there would be no transaction to roll back.
             level = dialect.default_isolation_level
             await self._connection.execution_options(isolation_level=level)
         self.driver, self._info = driver, dict(fairy.info)
-        # Other drivers send BEGIN themselves, but not for what goes past SQLAlchemy, as COPY does.
+        # Other drivers send BEGIN themselves, but not for what bypasses SQLAlchemy, such as COPY.
         await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else "SELECT 1")
 
     async def end(self) -> None:
-        """Roll everything back; whoever goes on is refused."""
+        """Roll everything back; further use is refused."""
         self.turns.stop()
         try:
             if self._undoing:
                 await asyncio.wait(self._undoing)
             if self.turns.open:
-                # A task outlives the test, and may be inside a statement.
+                # A task has outlived the test, and may be inside a statement.
                 await self._connection.invalidate()
             else:
                 await greenlet_spawn(self.driver.rollback)
@@ -77,15 +77,15 @@ class SharedConnection:
             logger.exception("The transaction of a test failed to roll back")
             await self._connection.invalidate()
 
-    # The rest is called by SQLAlchemy, inside its greenlet.
+    # SQLAlchemy calls the rest, inside its greenlet.
 
     def lend(self, entry: ConnectionPoolEntry) -> LentConnection:
-        """Return what takes part in the transaction; this is the creator of a pool."""
+        """Return a part of the connection; used as the creator of a pool."""
         entry.info.update(self._info)
         return LentConnection(self, self._autocommit)
 
     def enter(self, lent: LentConnection) -> None:
-        """Wait until `lent` may execute a statement; set its savepoint before the first one."""
+        """Wait until `lent` may execute a statement; before its first one, set its savepoint."""
         self._check(lent)
         if not lent.has_begun:
             self.turns.wait_to_begin()
@@ -100,19 +100,19 @@ class SharedConnection:
             self._begin(lent)
 
     def commit(self, lent: LentConnection) -> None:
-        """Make the work of `lent` a part of what encloses it."""
+        """Make the work of `lent` part of the enclosing transaction."""
         if not lent.has_begun:
             return
         with self._alone():
             self._check(lent)
-            # What has begun inside it goes on.
+            # Transactions that began inside it go on.
             if self.turns.has(lent):
                 self._check_constraints()
                 self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
             self.turns.end(lent)
 
     def rollback(self, lent: LentConnection) -> None:
-        """Undo what was done since the savepoint of `lent`, also by those inside it."""
+        """Undo all work since the savepoint of `lent`, including that of those inside it."""
         if not lent.has_begun:
             return
         with self._alone():
@@ -128,7 +128,7 @@ class SharedConnection:
                 self.turns.end(lent, and_inside=True)
 
     def discard(self, lent: LentConnection) -> None:
-        """Undo the work of `lent`, whose task was cancelled, or which nobody has any more."""
+        """Undo the work of `lent`, whose task was cancelled, or which was garbage-collected."""
         if lent not in self.turns.open or self.turns.have_ended or lent.is_discarded:
             return
         lent.is_discarded = True
@@ -139,11 +139,11 @@ class SharedConnection:
             await_only(run_to_completion(_wait_for(task)))
 
     def has_turn(self, lent: LentConnection) -> bool:
-        """Return whether a statement that the driver executes is one of `lent`."""
+        """Return whether a statement that the driver is executing belongs to `lent`."""
         return self.turns.has(lent)
 
     def execute(self, statement: str) -> Any:
-        """Execute a statement; return the first row, if there is any."""
+        """Execute a statement; return its first row, if any."""
         cursor = self.driver.cursor()
         try:
             cursor.execute(statement)
@@ -160,7 +160,7 @@ class SharedConnection:
             raise InvalidRequestError(_UNDONE)
 
     def _begin(self, lent: LentConnection) -> None:
-        # First the turn, then the savepoint: nobody else shall begin meanwhile.
+        # Take the turn before setting the savepoint, so that no other can begin meanwhile.
         self.turns.begin(lent)
         with self._alone():
             self._check(lent)
@@ -175,12 +175,12 @@ class SharedConnection:
     def _set_savepoint(self, lent: LentConnection) -> None:
         statement = f"SAVEPOINT {lent.savepoint}"
         try:
-            # Were it cancelled, the transaction around it would be aborted.
+            # A cancelled SAVEPOINT would abort the enclosing transaction.
             await_only(run_to_completion(greenlet_spawn(self.execute, statement)))
         except Exception:
             if len(self.turns.open) < 2:
                 raise
-            # A statement of the one around it has failed: that can only be rolled back any more.
+            # A statement of the enclosing transaction has failed: it can only be rolled back now.
             around = self.turns.open[-2]
             self.execute(f"ROLLBACK TO SAVEPOINT {around.savepoint}")
             if not around.autocommit:
@@ -190,7 +190,7 @@ class SharedConnection:
             self.execute("SET TRANSACTION READ ONLY")
 
     def _store(self, lent: LentConnection) -> None:
-        """Keep what a statement in AUTOCOMMIT has done, unless it has failed."""
+        """Keep the work of a statement in AUTOCOMMIT, unless it failed."""
         try:
             self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
         except Exception:
@@ -215,8 +215,8 @@ class SharedConnection:
         except Exception:  # a statement has failed
             self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
             return
-        # If RELEASE was cancelled, nobody knows whether there is a savepoint; and to name one that
-        # does not exist would abort what is around it.
+        # If a RELEASE was cancelled, the savepoint may or may not exist; naming one that does not
+        # exist would abort the enclosing transaction.
         try:
             self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
         except Exception:
@@ -224,7 +224,7 @@ class SharedConnection:
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        """Let nobody else set or end a savepoint meanwhile."""
+        """Keep others from setting or ending a savepoint meanwhile."""
         await_only(self._lock.acquire())
         try:
             yield
@@ -232,7 +232,7 @@ class SharedConnection:
             self._lock.release()
 
     def _check_constraints(self) -> None:
-        """Let deferred constraints fail now: the COMMIT that checks them never comes."""
+        """Let deferred constraints fail now: the COMMIT that would check them never comes."""
         if not self._checks_at_commit and self._connection.dialect.name == "postgresql":
             query = "SELECT count(*) FROM pg_constraint WHERE condeferrable"
             self._checks_at_commit = self.execute(query)[0] > 0

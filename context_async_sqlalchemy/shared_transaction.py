@@ -1,4 +1,4 @@
-"""One transaction for all who take a connection of an engine, rolled back at the end."""
+"""One transaction for every connection taken from an engine, rolled back at the end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from context_async_sqlalchemy.shield import run_to_completion
 
 @asynccontextmanager
 async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerator[SharedConnection]:  # noqa: ASYNC109
-    """Let all who take a connection of `engine` have a part of one, rolled back at the end.
+    """Make every connection taken from `engine` a part of one, rolled back at the end.
 
     Args:
-        engine: Gives its pool away meanwhile.
+        engine: The engine; has another pool meanwhile.
         timeout: How long to wait for a turn, in seconds.
 
     Raises:
-        RuntimeError: If it is shared already.
+        RuntimeError: If a connection of the engine is shared already.
     """
     sync_engine = engine.sync_engine
     if sync_engine.pool in _pools:
@@ -37,7 +37,7 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         shared = SharedConnection(connection, timeout)
         await shared.begin()
         pool = sync_engine.pool
-        creator: Any = shared.lend  # which is all that SQLAlchemy asks of a DBAPIConnection
+        creator: Any = shared.lend  # returns all that SQLAlchemy needs of a DBAPIConnection
         sync_engine.pool = NullPool(creator, dialect=sync_engine.dialect)
         _pools.add(sync_engine.pool)
         event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
@@ -62,8 +62,8 @@ def _refuse_two_phases(*_: Any) -> None:
 def _skip_begin(
     connection: Connection, _: Any, statement: str, parameters: Any, *__: Any
 ) -> tuple[str, Any]:
-    # Those who have the driver in AUTOCOMMIT, and send BEGIN themselves, as SQLAlchemy's page on
-    # SQLite tells them to.
+    # SQLAlchemy's page on SQLite recommends setting the driver to AUTOCOMMIT and sending BEGIN
+    # explicitly.
     lent = connection.connection.dbapi_connection
     if isinstance(lent, LentConnection) and statement.upper().startswith("BEGIN"):
         lent.autocommit = False
@@ -71,5 +71,5 @@ def _skip_begin(
     return statement, parameters
 
 
-# Those that lend a connection.
+# The pools that lend a connection.
 _pools: WeakSet[Pool] = WeakSet()

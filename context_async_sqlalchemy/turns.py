@@ -1,4 +1,4 @@
-"""Whose turn it is, among those to whom one connection is lent."""
+"""Whose turn it is to use a connection that is lent to many."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from context_async_sqlalchemy.lent_connection import LentConnection
 
 
 class Turns:
-    """The turns on a connection: from the first statement of a transaction to its end.
+    """The turns on a connection, each from the first statement of a transaction to its end.
 
-    Only one that begins inside the transaction of another one need not wait for its end.
+    A transaction waits for the end of the one before it, unless it begins inside that one.
 
     Args:
         timeout: How long to wait for a turn, in seconds.
 
     Attributes:
-        open: Those whose transaction is open, each inside that of the one before it. It is the turn
-            of the last one.
-        enclosing: The session in whose transaction everybody may begin.
-        have_ended: Whether nobody is waited for any more.
+        open: The lent connections with an open transaction, each inside the one before it. The last
+            one has the turn.
+        enclosing: The session inside whose transaction any other may begin.
+        have_ended: Whether all waiting is over.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -38,20 +38,20 @@ class Turns:
         self._changed = asyncio.Event()
 
     def stop(self) -> None:
-        """Let everybody go on who waits."""
+        """Wake everything that waits for a turn."""
         self.have_ended = True
         self._notify()
 
     def begin(self, lent: LentConnection) -> None:
-        """Give the turn to one that may begin."""
-        # The driver prepares each statement once: there should not be more names than it takes.
+        """Give the turn to `lent`, which may begin."""
+        # The driver prepares each distinct statement: use as few savepoint names as possible.
         lent.depth = self.open[-1].depth + 1 if self.open else 0
         self.open.append(lent)
         lent.has_begun = True
         _open_here.set((*(other for other in _open_here.get() if other in self.open), lent))
 
     def end(self, lent: LentConnection, and_inside: bool = False) -> None:
-        """Give the turn back, with `and_inside` that of those inside its transaction, too."""
+        """Give the turn back; with `and_inside`, also end those inside its transaction."""
         lent.has_begun = False
         if lent in self.open:
             index = self.open.index(lent)
@@ -59,13 +59,13 @@ class Turns:
         self._notify()
 
     def has(self, lent: LentConnection) -> bool:
-        """Return whether it is the turn of `lent`."""
+        """Return whether `lent` has the turn."""
         return bool(self.open) and self.open[-1] is lent
 
-    # These two are called inside the greenlet of SQLAlchemy.
+    # The next two are called inside SQLAlchemy's greenlet.
 
     def wait_to_begin(self) -> None:
-        """Wait until another one may begin.
+        """Wait until another transaction may begin.
 
         Raises:
             InvalidRequestError: If it takes too long.
@@ -73,12 +73,12 @@ class Turns:
         self._wait_until(self._may_begin)
 
     def wait_for(self, lent: LentConnection) -> None:
-        """Wait until it is the turn of `lent` again, or its transaction has ended.
+        """Wait until `lent` has the turn again, or its transaction has ended.
 
         Raises:
-            InvalidRequestError: If it takes too long, or its own task would have to end it.
+            InvalidRequestError: If it takes too long, or waits for a transaction of its own task.
         """
-        self._notify()  # by now it is known whose it is
+        self._notify()  # those waiting to begin look again: its session has its connection by now
         if not self.has(lent) and self.open[-1] in _open_here.get():
             raise InvalidRequestError(_INTERLEAVED)
         self._wait_until(lambda: self.has(lent) or lent not in self.open)
@@ -91,7 +91,7 @@ class Turns:
             return False
         if holder in _open_here.get():
             return True
-        # The session of a context may have begun in a child task, as inside a gather().
+        # A context's session may have begun in a child task, as in a gather().
         sessions = [s for context in contexts_here() for s in context.sessions]
         if self.enclosing is not None:
             sessions.append(self.enclosing)
@@ -118,7 +118,7 @@ class Turns:
         self._changed = asyncio.Event()
 
 
-# Those whose transaction was begun in this task, or in the one that it is a child of, before it.
+# Those whose transaction was begun in this task, or in its parent task before it was created.
 _open_here: ContextVar[tuple[LentConnection, ...]] = ContextVar("open_here", default=())
 
 _INTERLEAVED = (
