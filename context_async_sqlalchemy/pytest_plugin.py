@@ -1,4 +1,4 @@
-"""Fixtures for users' tests, under pytest-asyncio and the plugin of anyio.
+"""Fixtures for users' tests, under pytest-asyncio or anyio's plugin.
 
 # conftest.py
 pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
@@ -30,8 +30,8 @@ from context_async_sqlalchemy.test_utils import shared_transaction
 if TYPE_CHECKING:
     from starlette.testclient import TestClient
 
-# In its strict mode, pytest-asyncio leaves an async fixture alone that its own decorator did not
-# make; to the plugin of anyio both are the same.
+# In strict mode, pytest-asyncio ignores an async fixture that its own decorator did not make;
+# anyio's plugin accepts both.
 _has_pytest_asyncio = find_spec("pytest_asyncio") is not None
 _fixture: Callable[[Callable[..., Any]], Callable[..., Any]] = import_module(
     "pytest_asyncio" if _has_pytest_asyncio else "pytest"
@@ -40,13 +40,13 @@ _fixture: Callable[[Callable[..., Any]], Callable[..., Any]] = import_module(
 
 @_fixture
 async def shared_session(db_connect: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Return the session of a test, in one transaction with the application: `shared_transaction`.
+    """Return a session for a test, in a `shared_transaction` with the application.
 
-    For an async test, whose client calls the application on the event loop of the test, as httpx
-    does with its `ASGITransport`.
+    For an async test whose client calls the application on the test's event loop, as httpx does
+    with its `ASGITransport`.
 
     Args:
-        db_connect: A fixture of yours: the database.
+        db_connect: Your fixture for the database.
     """
     await _close_with_loop(db_connect)
     async with shared_transaction(db_connect) as session:
@@ -57,14 +57,14 @@ async def shared_session(db_connect: DBConnect[SessionT]) -> AsyncGenerator[Sess
 def shared_client(app: ASGIApp, db_connect: DBConnect) -> Generator[TestClient]:
     """Return Starlette's `TestClient`, with the application in a `shared_transaction`.
 
-    For a test that is not async. The transaction is opened on the event loop of the client, and
-    encloses the start and the end of the application.
+    For a sync test. The transaction is opened on the client's event loop, and includes the startup
+    and shutdown of the application.
 
     Args:
-        app: A fixture of yours: the application.
-        db_connect: A fixture of yours: the database.
+        app: Your fixture for the application.
+        db_connect: Your fixture for the database.
     """
-    from starlette.testclient import TestClient  # which not everybody has installed
+    from starlette.testclient import TestClient  # may not be installed
 
     async def in_transaction(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -78,8 +78,8 @@ def shared_client(app: ASGIApp, db_connect: DBConnect) -> Generator[TestClient]:
 
 
 async def _close_with_loop(connect: DBConnect[Any]) -> None:
-    # A test often has an event loop of its own, and no fixture knows when it ends. But the last act
-    # of a loop is to close the asynchronous generators that are left.
+    # A test often has its own event loop, and no fixture knows when it ends. But before a loop
+    # closes, it closes the asynchronous generators that are left.
     closing = _closing.setdefault(asyncio.get_running_loop(), {})
     if connect not in closing:
         closing[connect] = _close_in_the_end(connect)
@@ -94,5 +94,5 @@ async def _close_in_the_end(connect: DBConnect[Any]) -> AsyncGenerator[None]:
         _closing.pop(asyncio.get_running_loop(), None)
 
 
-# What is closed at the end of each loop.
+# The generators that close connects at the end of each loop.
 _closing: dict[asyncio.AbstractEventLoop, dict[DBConnect[Any], AsyncGenerator[None]]] = {}

@@ -31,23 +31,23 @@ async def shared_transaction(
             response = await client.post("/members/ann")
             assert await session.get(Member, "ann")
 
-    Meanwhile every session of `connect`, in whatever context, is on one connection. The application
-    opens, settles and closes its own contexts as ever: to it, a savepoint is a transaction, which
-    the end of a request releases or undoes. Those that are open at the same time take turns, from
-    the first statement of each to its end; one that is opened inside another, and awaited there,
-    begins inside that one's savepoint.
+    Meanwhile every session of `connect`, in any context, is on one connection. The application
+    opens, settles and closes its own contexts as usual: each of its transactions is a savepoint,
+    which the end of the request releases or undoes. Transactions open at the same time take turns,
+    each from its first statement to its end; one that is opened inside another, and awaited there,
+    begins inside the other's savepoint.
 
     Args:
         connect: The database: PostgreSQL, or SQLite.
         timeout: How long a session waits for its turn, in seconds. Default 10.
 
     Yields:
-        A session for the test. What it commits is a savepoint, too.
+        A session for the test. Its transactions are savepoints, too.
 
     Raises:
-        InvalidRequestError: By a statement, if two sessions wait for each other, or are used in
-            turn by one task.
-        RuntimeError: If a transaction is open already for `connect`; by the application, if it runs
+        InvalidRequestError: From a statement, if two sessions wait for each other, or one task uses
+            them alternately.
+        RuntimeError: If a transaction is already open for `connect`; in the application, if it runs
             on another event loop.
     """
     await connect.session_maker()  # runs the handler, which may set the host
@@ -62,7 +62,7 @@ async def shared_transaction(
 
 @asynccontextmanager
 async def rollback_session(connection: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session for a test, and roll it back at the end.
+    """Make a session for a test, rolled back at the end.
 
     Args:
         connection: The database.
@@ -79,7 +79,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
 
     Args:
         auto_close: Whether to close, and so roll back, all its sessions at the end. Default False:
-            only those that `db_session` made. Whoever put the others there closes them, as
+            only those that `db_session` made. The code that put in the others closes them, as
             `put_savepoint_session_in_ctx` does.
 
     Raises:
@@ -100,10 +100,10 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
 async def put_savepoint_session_in_ctx(
     connection: DBConnect[SessionT], session: AsyncSession
 ) -> AsyncGenerator[SessionT]:
-    """Put a session into the context that shares the connection of a test's `session`.
+    """Put a session into the context that is on the same connection as a test's `session`.
 
-    What the application commits through it releases a savepoint, which the test's session sees,
-    and undoes when it is rolled back.
+    A commit by the application releases a savepoint. The test's session sees the work; rolling that
+    session back undoes it.
 
         async with (
             rollback_session(connection) as session,
@@ -114,7 +114,7 @@ async def put_savepoint_session_in_ctx(
 
     Args:
         connection: The database.
-        session: The session of the test, as `rollback_session` makes it.
+        session: The test's session, such as one from `rollback_session`.
 
     Raises:
         ContextNotInitiatedError: If there is no context.
