@@ -10,7 +10,7 @@ _HINT = (
 
 
 class ContextNotInitiatedError(RuntimeError):
-    """A session was asked for where there is no context to hold it."""
+    """A session was requested where there is no context to hold it."""
 
     def __init__(
         self, message: str = f"There is no database session context here. {_HINT}"
@@ -19,7 +19,7 @@ class ContextNotInitiatedError(RuntimeError):
 
 
 class ContextClosedError(ContextNotInitiatedError):
-    """A session was asked for in a context that has ended, such as by a task after its request."""
+    """A session was requested in a context that has ended, such as by a task after its request."""
 
     def __init__(
         self, message: str = f"The database session context of this task has ended. {_HINT}"
@@ -41,8 +41,8 @@ class ContextAlreadyInitiatedError(RuntimeError):
 class CommitOutcomeUnknownError(RuntimeError):
     """The connection was lost during COMMIT: nobody can know whether it took effect.
 
-    The cause is SQLAlchemy's `DBAPIError`, with the error of the driver in its `orig`. Do not
-    repeat the work without looking whether it is done.
+    The cause is SQLAlchemy's `DBAPIError`, with the driver's error in its `orig`. Before you repeat
+    the work, check whether it was done.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A warning when the session of a context holds a connection for long: leak detection."""
+"""Leak detection: a warning when a context's session holds a connection for a long time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from context_async_sqlalchemy.shield import logger
 
-# Their frames may stand between the user's code and this file.
+# Frames of these packages may lie between the user's code and this file.
 _BETWEEN = {__name__.partition(".")[0], "anyio", "asyncio", "contextlib"}
 
 
@@ -23,7 +23,7 @@ def check_leak_detection_threshold(threshold: float | None) -> None:
     """Check the option of a connect.
 
     Raises:
-        ValueError: If it is not a positive number.
+        ValueError: If it is neither None nor a positive number.
     """
     if threshold is None:
         return
@@ -41,19 +41,19 @@ def detect_leaks(
     request: tuple[str, str] | None,
     endpoint: object = None,
 ) -> None:
-    """Warn from now on when `session` holds a connection for long.
+    """Warn from now on when `session` holds a connection for too long.
 
     Args:
-        session: Just made.
+        session: The session, just made.
         threshold: How long it may hold a connection, in seconds.
-        connect: Of the session; its repr shows no password.
-        request: The method and the path of the request that it belongs to, if there is one.
-        endpoint: What the session was made for. Default None: for the code that asks for it now.
+        connect: The session's connect; its repr shows no password.
+        request: The method and path of the request that it belongs to, if any.
+        endpoint: What the session was made for. Default None: the code that asks for it now.
     """
     sync_session = getattr(session, "sync_session", None)
     if not isinstance(sync_session, Session):
         return  # users' tests pass mocks
-    # A path is what the client makes of it, line breaks included: its repr has none.
+    # The client chooses the path, and may put line breaks into it: a repr has none.
     holder = f"by the request {request[0]} {request[1]!r}" if request else "outside of a request"
     origin = _caller() if endpoint is None else f"for the endpoint {_name(endpoint)}"
     detector = _Detector(threshold, connect, f"{holder}; its session was made {origin}")
@@ -73,14 +73,14 @@ class _Detector:
         self.timer: asyncio.TimerHandle | None = None  # None: it has been called, or stopped
 
     def on_begin(self, _: Session, transaction: SessionTransaction, __: Connection) -> None:
-        # Called for a savepoint, too, and for another database of the same session.
+        # Also called for a savepoint, and for another database of the same session.
         if transaction.parent is not None or transaction is self.transaction:
             return
         self._stop_timer()  # of a transaction that failed to end
         self.transaction = transaction
         self.since = time.monotonic()
-        # The warning has the context variables of the request, such as the trace that a log record
-        # shows. The timer has none: the loop keeps one that is cancelled until its time has come.
+        # The warning needs the context variables of the request, such as the trace ID of a log
+        # record. The timer has an empty context: the loop keeps a cancelled timer until it is due.
         self.timer = asyncio.get_running_loop().call_later(
             self.threshold, copy_context().run, self._on_timer, context=Context()
         )
@@ -89,14 +89,14 @@ class _Detector:
         if transaction is not self.transaction:
             return
         self.transaction = None
-        # Whoever blocks the event loop keeps it from calling the timer in time.
+        # If the event loop was blocked, it could not call the timer in time.
         if self._stop_timer() and time.monotonic() - self.since > self.threshold:
             self._warn()
 
     def _on_timer(self) -> None:
         self.timer = None
-        # SQLAlchemy does not tell of the end of a transaction whose connection fails to close, and
-        # late of one after whose commit somebody else's listener goes on for long.
+        # SQLAlchemy does not report the end of a transaction whose connection fails to close, and
+        # reports it late when another listener takes long after the commit.
         transaction = self.transaction
         if transaction is not None and transaction.session.get_transaction() is transaction:
             self._warn()
@@ -118,12 +118,12 @@ class _Detector:
 
 
 def _caller() -> str:
-    """Tell the line that asks for the session."""
+    """Return the file and line that ask for the session."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module == "asyncio.events":
-            break  # db_session is a task itself, as gather() makes one of it
+            break  # db_session runs as its own task, as in a gather()
         if module.partition(".")[0] not in _BETWEEN:
             return f"at {frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
