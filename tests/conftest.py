@@ -1,4 +1,4 @@
-"""Fixtures: a database for each worker, connects to it, and what is really in it."""
+"""Fixtures: a database for each worker, connects to it, and a view of what it really holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _resources = ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The workers of pytest-xdist inherit the environment of the process that starts them.
+    # pytest-xdist workers inherit the environment of the process that starts them.
     if not hasattr(config, "workerinput") and "TEST_DATABASE_URL" not in os.environ:
         os.environ["TEST_DATABASE_URL"] = _resources.enter_context(postgres_server())
         _resources.callback(os.environ.pop, "TEST_DATABASE_URL")
@@ -43,7 +43,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # A test says in its teardown how many points it has tried, and what it has measured.
+    # Tests report in their teardown how many points they tried, and what they measured.
     reports = [r for r in terminalreporter.stats.get("", []) if r.when == "teardown"]
     properties = [prop for report in reports for prop in report.user_properties]
     points = sum(value for name, value in properties if name == "fault points")
@@ -60,7 +60,7 @@ def _server() -> URL:
 
 @pytest.fixture(scope="session")
 def database_url(worker_id: str) -> Generator[URL]:
-    """Return the URL of a database of this worker's own."""
+    """Return the URL of this worker's own database."""
     server = _server()
     name = f"context_async_sqlalchemy_{worker_id}{os.environ.get('TEST_THROUGH', '')}"
     url = server.set(database=name)
@@ -84,7 +84,7 @@ def database_url(worker_id: str) -> Generator[URL]:
 
 
 class Database:
-    """What is really in the database, seen through a connection of its own."""
+    """The real contents of the database, seen through a separate connection."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
@@ -105,7 +105,7 @@ class Database:
         return [r["number"] for r in rows]
 
     async def states(self) -> list[str]:
-        """Return what the server says of every other connection that is not idle."""
+        """Return the state and query of every other connection that is not idle."""
         rows = await self._connection.fetch(
             "SELECT state || ': ' || query AS state FROM pg_stat_activity"
             " WHERE datname = current_database()"
@@ -118,11 +118,11 @@ class Database:
         return [tuple(row) for row in await self._connection.fetch(statement)]
 
     async def execute(self, statements: str) -> None:
-        """Run statements, each committed by itself."""
+        """Run statements, each committed on its own."""
         await self._connection.execute(statements)
 
     async def pid_of(self, statement: str) -> int | None:
-        """Return the backend that runs a statement LIKE this, if there is one."""
+        """Return the PID of the backend running a statement LIKE this, if any."""
         pid: int | None = await self._connection.fetchval(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
             " AND state = 'active' AND query LIKE $1 AND pid <> pg_backend_pid()",
@@ -131,7 +131,7 @@ class Database:
         return pid
 
     async def backends(self) -> list[int]:
-        """Return every other connection."""
+        """Return the PID of every other connection."""
         rows = await self._connection.fetch(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
             " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
@@ -139,17 +139,17 @@ class Database:
         return [r["pid"] for r in rows]
 
     async def terminate(self, pid: int) -> None:
-        """End another connection from the server's side, and wait until it is gone."""
+        """End another connection on the server's side, and wait until it is gone."""
         assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
     async def terminate_any(self) -> None:
-        """End one of the other connections, if there is one that does not end by itself first."""
+        """End one of the other connections, if any; it may end by itself first."""
         if backends := await self.backends():
             pid = random.choice(backends)
             await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
 
     async def is_left_by_all(self) -> None:
-        """Wait until no other connection is left: the server ends one a moment after its client."""
+        """Wait until no other connection is left: a backend ends a moment after its client."""
         async with asyncio.timeout(10):
             while await self.backends():
                 await asyncio.sleep(0.001)
@@ -170,10 +170,10 @@ class Database:
 
 @pytest_asyncio.fixture
 async def database(database_url: URL) -> AsyncGenerator[Database]:
-    """Empty the tables; return a way to look at what was committed."""
+    """Empty the tables; return a view of what is committed."""
     url = database_url.set(drivername="postgresql").render_as_string(hide_password=False)
     connection = await asyncpg.connect(url)
-    # A test that left something open shall fail, not hang.
+    # A test that left something open should fail, not hang.
     await connection.execute("SET lock_timeout = '10s'")
     database = Database(connection)
     await database.is_quiet()
@@ -191,14 +191,14 @@ async def connect(database_url: URL, database: Database) -> AsyncGenerator[DBCon
 
 @pytest_asyncio.fixture
 async def second_connect(database_url: URL, database: Database) -> AsyncGenerator[DBConnect]:
-    """Return another connect, with an engine of its own."""
+    """Return another connect, with its own engine."""
     async with checked_connect(database_url, database) as connect:
         yield connect
 
 
 @pytest_asyncio.fixture
 async def sqlite_connect(tmp_path: Path) -> AsyncGenerator[DBConnect]:
-    """Return a connect to a SQLite file with the tables in it."""
+    """Return a connect to a SQLite file that has the table `item`."""
     connect = make_connect(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
     await connect.session_maker()
     assert connect.engine is not None
@@ -210,12 +210,12 @@ async def sqlite_connect(tmp_path: Path) -> AsyncGenerator[DBConnect]:
 
 
 def make_connect(url: URL | str, **options: Any) -> DBConnect:
-    """Make a connect whose host is that of `url` (a name for a file, too, where it has none)."""
+    """Make a connect with the host of `url`, or "file" if it has none."""
 
     def create_engine(host: str) -> AsyncEngine:
         target = make_url(url)
         if "TEST_THROUGH" in os.environ and target.port == _server().port:
-            # The application goes through PgBouncer; who looks from outside does not.
+            # The application connects through PgBouncer; observers connect directly.
             target = target.set(port=int(os.environ["TEST_THROUGH"]))
             options.setdefault("connect_args", CONNECT_ARGS)
         return create_async_engine(
@@ -232,7 +232,7 @@ def make_connect(url: URL | str, **options: Any) -> DBConnect:
 async def checked_connect(
     url: URL, database: Database, **options: Any
 ) -> AsyncGenerator[DBConnect]:
-    """Make a connect for a test; at its end the pool is whole and nothing is left open."""
+    """Make a connect for a test; at the end, the pool is whole and no transaction is open."""
     connect = make_connect(url, **options)
     yield connect
     try:
@@ -250,7 +250,7 @@ def postgresql(database_url: URL, database: Database) -> str:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of a database for a program, of each kind."""
+    """Return the URL of a database for a program: once SQLite, once PostgreSQL."""
     if request.param == "sqlite":
         return f"sqlite+aiosqlite:///{tmp_path / 'program.db'}"
     url: str = request.getfixturevalue("postgresql")
@@ -259,7 +259,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest_asyncio.fixture
 async def load(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Callable[[str, str], Any]]:
-    """Return a way to load a program for a database; its tables are dropped in the end."""
+    """Return a function that loads a program for a database; its tables are dropped at the end."""
     loaded: list[tuple[Any, str]] = []
 
     def load(name: str, url: str) -> Any:

@@ -1,4 +1,4 @@
-"""A real MariaDB server, where Debian's `mariadb-server` is installed."""
+"""A real MariaDB server, if Debian's `mariadb-server` is installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.pgbouncer import accepts
 
 
 def mariadb_binary() -> str | None:
-    """Return the path of the server, None where it is not installed."""
-    # Where Debian has it, only root looks.
+    """Return the path of the server, or None if it is not installed."""
+    # Debian installs it in a directory that only root has in PATH.
     return shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 
 
@@ -31,7 +31,7 @@ def mariadb() -> Generator[URL]:
     """
     binary = mariadb_binary()
     assert binary is not None, "mariadbd is not installed"
-    user = ["--user=root"] if os.geteuid() == 0 else []  # which it refuses unless told to
+    user = ["--user=root"] if os.geteuid() == 0 else []  # otherwise it refuses to run as root
     with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
         data, port = Path(directory) / "data", free_port()
         subprocess.run(

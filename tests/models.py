@@ -1,4 +1,4 @@
-"""The tables of the tests."""
+"""The tables that the tests use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Item(Base):
 
 
 class Seat(Base):
-    """A row whose unique number is checked at COMMIT only."""
+    """A row whose number is checked for uniqueness only at COMMIT."""
 
     __tablename__ = "seat"
     __table_args__ = (UniqueConstraint("number", deferrable=True, initially="DEFERRED"),)
@@ -39,7 +39,7 @@ class Account(Base):
 
 
 class Transfer(Base):
-    """An entry of the ledger; nothing but the application keeps it from being there twice."""
+    """An entry of the ledger; only the application keeps it from being stored twice."""
 
     __tablename__ = "ledger"
 

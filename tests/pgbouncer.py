@@ -1,4 +1,4 @@
-"""PgBouncer in front of a server, pooling transactions."""
+"""PgBouncer in front of a server, in transaction pooling mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sqlalchemy import URL
 
 from examples.postgres import free_port, wait_until
 
-# For an engine with asyncpg, whose cached statements are on one connection of PgBouncer and looked
-# for on another. Versions of PgBouncer from 1.21 on need none of it, asyncpg 0.31 only the first.
+# For an engine with asyncpg, which prepares a statement on one connection of PgBouncer and may look
+# for it on another. PgBouncer 1.21 and newer need none of it, asyncpg 0.31 needs only the first.
 CONNECT_ARGS: dict[str, Any] = {
     "statement_cache_size": 0,
     "prepared_statement_cache_size": 0,
@@ -26,13 +26,13 @@ CONNECT_ARGS: dict[str, Any] = {
 
 
 def pgbouncer_binary() -> str | None:
-    """Return the path of PgBouncer, None where it is not installed."""
-    # Where Debian has it, only root looks.
+    """Return the path of PgBouncer, or None if it is not installed."""
+    # Debian installs it in a directory that only root has in PATH.
     return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 
 
 def pgbouncer_version() -> tuple[int, int]:
-    """Return the major and the minor version; from 1.21 on it knows `max_prepared_statements`."""
+    """Return the major and minor version; `max_prepared_statements` is new in 1.21."""
     binary = pgbouncer_binary()
     assert binary is not None
     output = subprocess.run([binary, "--version"], check=True, capture_output=True, text=True)
@@ -44,14 +44,14 @@ def pgbouncer_version() -> tuple[int, int]:
 def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
     """Run PgBouncer on a free loopback port.
 
-    It lets everybody in, and has the user and the password of `server` for each of its databases.
+    It accepts every client, and connects to all databases with the user and password of `server`.
 
     Args:
         server: The server behind it.
-        settings: More settings, as `default_pool_size=3`.
+        settings: Further settings, such as `default_pool_size=3`.
 
     Yields:
-        `server` as it is reached through PgBouncer.
+        The URL of `server` through PgBouncer.
 
     Raises:
         AssertionError: If it is not installed, or does not start.
@@ -66,7 +66,7 @@ def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
         "auth_type": "any",
         "pool_mode": "transaction",
     } | settings
-    if os.geteuid() == 0:  # which PgBouncer refuses
+    if os.geteuid() == 0:  # PgBouncer refuses to run as root
         settings["user"] = "nobody"
     target = {
         "host": server.host,
@@ -92,7 +92,7 @@ def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
             assert process.poll() is None, log.read_text()
             yield server.set(host="127.0.0.1", port=port, username="anybody", password=None)
         finally:
-            # It has nothing to lose, and some versions wait at a SIGTERM for their clients.
+            # It has nothing to lose, and on SIGTERM some versions wait for their clients.
             process.kill()
             process.wait()
 
@@ -102,7 +102,7 @@ def _quoted(value: object) -> str:
 
 
 def accepts(port: int) -> bool:
-    """Return whether somebody listens on a loopback port."""
+    """Return whether something listens on a loopback port."""
     with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False

@@ -1,4 +1,4 @@
-"""The programs of the how-to pages: loading them, and looking at what they have done."""
+"""Load the programs of the how-to pages, and look at what they have done."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PROGRAMS = sorted(path.stem for path in (ROOT / "examples/how_to").glob("[!_]*.p
 
 
 def load_program(monkeypatch: pytest.MonkeyPatch, name: str, **environment: str) -> Any:
-    """Import a program anew, with variables of the environment.
+    """Import a program anew, with environment variables.
 
     Args:
         monkeypatch: The fixture.
-        name: Of a program of the how-to pages, or else of a module under `examples`.
+        name: A program of the how-to pages, or another module under `examples`.
         **environment: The variables.
     """
     for variable, value in environment.items():
@@ -44,7 +44,7 @@ def is_all_closed(program: Any) -> bool:
 
 
 class Outside:
-    """The database of a program, seen through a connection of its own."""
+    """The database of a program, seen through separate connections."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -52,19 +52,19 @@ class Outside:
 
     @asynccontextmanager
     async def connection(self) -> AsyncGenerator[AsyncConnection]:
-        """Yield a connection in a transaction that is committed at the end."""
+        """Yield a connection in a transaction, committed at the end."""
         async with self._engine.begin() as connection:
             yield connection
 
     async def rows(self, query: str) -> Sequence[Any]:
-        """Return what a query finds; of rows with one column, that column."""
+        """Return the rows of a query; for a query of one column, its values."""
         async with self.connection() as connection:
             rows = (await connection.execute(text(query))).all()
         return [row[0] if len(row) == 1 else tuple(row) for row in rows]
 
 
 async def until(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition, async or not, is true, and return what it is."""
+    """Wait until a condition, async or not, is true, and return its value."""
     async with asyncio.timeout(10):
         while True:
             result = condition()

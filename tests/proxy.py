@@ -1,6 +1,6 @@
-"""A proxy in front of PostgreSQL that sees every round trip, and makes it fail when told to.
+"""A proxy in front of PostgreSQL that sees every round trip, and can make it fail.
 
-It speaks the server's wire protocol, version 3:
+It speaks version 3 of the wire protocol:
 https://www.postgresql.org/docs/current/protocol-message-formats.html
 """
 
@@ -21,7 +21,7 @@ _ENDS_OF_REPLY = (b"Z", b"T", b"n")  # ReadyForQuery; RowDescription, NoData aft
 
 
 class Fault(Enum):
-    """What becomes of a round trip."""
+    """How a round trip fails."""
 
     ERROR = "the server answers with an error, and has done nothing"
     LOST_BEFORE = "the connection is lost before the server has heard of it"
@@ -51,10 +51,10 @@ async def proxy(
     """Run a proxy to the server on `host` and `port`.
 
     Args:
-        host: Of the server.
-        port: Of the server.
-        decide: Awaited before each round trip; says how it shall fail, if at all.
-        with_set_up: Whether those count, too, that come before the first BEGIN of a connection.
+        host: The server's host.
+        port: The server's port.
+        decide: Awaited before each round trip; returns how it fails, or None.
+        with_set_up: Whether to include round trips before the first BEGIN of a connection.
 
     Yields:
         The port of the proxy, on 127.0.0.1.
@@ -67,7 +67,7 @@ async def proxy(
         task.set_name(TASK_NAME)
         tasks.add(task)
         try:
-            # Python 3.11 logs a cancelled handler of a connection as an error.
+            # Python 3.11 logs a cancelled connection handler as an error.
             with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await _Connection(reader, writer, decide, with_set_up).run(host, port)
         finally:
@@ -136,10 +136,10 @@ class _Connection:
             statement = self._statement_of(kind, message) or statement
             if kind not in _ENDS_OF_BATCH:
                 continue
-            # Some versions of asyncpg ask for types as they connect. SQLAlchemy leaves a connection
-            # on which that fails to the garbage collector; nobody else gets to see it.
+            # Some versions of asyncpg query types as they connect. If that fails, SQLAlchemy leaves
+            # the connection to the garbage collector; no other code sees it.
             self._is_set_up = self._is_set_up or statement.startswith("BEGIN")
-            # A Sync by itself only ends what failed before it.
+            # A Sync by itself only ends an earlier failure.
             is_sync = kind == b"S" and len(batch) == len(message)
             is_call = self._is_set_up and kind != b"X" and not is_sync
             fault = await self._decide(Call(statement, self._pid)) if is_call else None
@@ -190,7 +190,7 @@ class _Connection:
         if statement.startswith(("BEGIN", "COMMIT")):
             status = b"I"
         if statement.startswith("COMMIT"):
-            # As after a constraint that fails at COMMIT, the server has rolled back.
+            # The server has to roll back, as after a constraint that fails at COMMIT.
             self._swallows = True
             rollback = b"ROLLBACK\0"
             server.write(b"Q" + struct.pack("!I", len(rollback) + 4) + rollback)

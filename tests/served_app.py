@@ -1,6 +1,6 @@
-"""The application that real servers serve in processes of their own.
+"""The application that real servers serve in their own processes.
 
-Its database is that of the environment variable `SERVED_DATABASE_URL`.
+The environment variable `SERVED_DATABASE_URL` names its database.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ async def stream_without_end(name: str) -> StreamingResponse:
             number += 1
             await add(f"{name} {number}")
             yield f"{number}\n"
-            # Long enough for most hang-ups to come here, in an open transaction, and not during a
-            # statement: SQLAlchemy 2.1 keeps a finalizer of each connection which that costs.
+            # Long enough for most hang-ups to happen here, in an open transaction. In a statement,
+            # each would cost a connection, and SQLAlchemy 2.1 keeps a finalizer of those.
             await asyncio.sleep(0.05)
 
     await add(name)

@@ -1,4 +1,4 @@
-"""Real ASGI servers, each in a process of its own, that serve `tests.served_app`."""
+"""Real ASGI servers that serve `tests.served_app`, each in its own process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SERVERS = {
     "granian": "granian --interface asgi --port {port}",
 }
 
-# What Python, asyncio and SQLAlchemy say of what somebody forgot.
+# How Python, asyncio and SQLAlchemy complain about something that was forgotten.
 _FORGOTTEN = ("never awaited", "never retrieved", "but it is pending", "non-checked-in connection")
 
 
 @contextmanager
 def running_server(name: str, database_url: URL, log: Path) -> Generator[int]:
-    """Run the server with this name of `SERVERS`; yields its port.
+    """Run one of `SERVERS`; yields its port.
 
     Args:
-        name: Which one.
+        name: Its name there.
         database_url: The database of the application.
         log: The file for what the server prints.
 
@@ -55,7 +55,7 @@ def running_module(
         command: What follows `python -m`, with `{port}` in it.
         log: The file for what it prints.
         port: The port. Default None: a free one.
-        **environment: Variables of its environment.
+        **environment: Its environment variables.
 
     Raises:
         AssertionError: If it does not start, does not exit, or leaves something behind.
@@ -92,7 +92,7 @@ def _wait_for(port: int, process: psutil.Popen, log: Path) -> None:
 
 
 def _end(process: psutil.Popen) -> list[psutil.Process]:
-    """End a server and the workers it started; return those that did not end by themselves."""
+    """Terminate a server and its workers; return those that had to be killed."""
     processes = [process]
     with suppress(psutil.NoSuchProcess):
         processes += process.children(recursive=True)

@@ -1,7 +1,7 @@
-"""Many mixed requests to one server, which must not leak and must keep what it told its clients.
+"""Many mixed requests to one server, which must not leak, and must store what it has confirmed.
 
-Run by `python -m tests.soak`, on a PostgreSQL server of its own. Exits non-zero when something has
-grown, or a row is missing or there that should not be.
+Run it with `python -m tests.soak`; it starts its own PostgreSQL server. It exits non-zero if
+something has grown, or if rows are missing or unwanted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IN_TRANSACTION = text(
     " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
 )
 
-# How a request ends, with the status of its answer. The client of an endless body hangs up.
+# How a request ends, with the status of its response. The client of an endless body hangs up.
 ENDINGS = {
     "": 201,
     "/refused": 404,
@@ -46,7 +46,7 @@ ENDINGS = {
     "/streamed": 200,
     "/background": 202,
 }
-# Which rows it writes after its answer has started, besides the one before.
+# The rows it writes after the response has started, besides the one before.
 WRITTEN_LATER = {"/streamed": ["1", "2"], "/background": ["later"]}
 
 
@@ -57,7 +57,7 @@ class Told:
     Attributes:
         committed: The rows of successes.
         refused: The rows of failures.
-        wrong: Requests that were not answered as they should be.
+        wrong: Requests with an unexpected response.
     """
 
     committed: set[str] = field(default_factory=set)
@@ -67,7 +67,7 @@ class Told:
 
 @dataclass
 class Figures:
-    """What an idle server holds on to."""
+    """What an idle server holds."""
 
     file_descriptors: int
     sockets: int
@@ -77,7 +77,7 @@ class Figures:
     resident_memory: int
 
     def differ(self, later: Figures) -> list[str]:
-        """Return which figures are not `later` what they are here; memory may grow a little."""
+        """Return the figures that differ in `later`; memory may grow a little."""
         before, after = asdict(self), asdict(later)
         grown = after.pop("resident_memory") > before.pop("resident_memory") * MEMORY_GROWTH
         return [name for name in before if before[name] != after[name]] + [
@@ -108,8 +108,8 @@ class Soak:
 
     async def idle_figures(self) -> Figures:
         """Return the figures of the server as soon as it is idle, or after ten seconds."""
-        # The pool has lost the connection of a statement that a hang-up cancelled, and makes
-        # another when it needs one. When all were needed it is as large as it ever is at rest.
+        # When a hang-up cancels a statement, the pool loses the connection, and makes another when
+        # it needs one. Once it has needed all of them, its size at rest is the maximum.
         await self.send([""] * CONCURRENCY * 4)
         deadline = time.monotonic() + 10
         async with self._client() as client, self.engine.connect() as observer:
@@ -125,14 +125,14 @@ class Soak:
             return set(await connection.scalars(select(Item.name)))
 
     def _client(self) -> httpx.AsyncClient:
-        # uvicorn closes a connection that was idle for five seconds: be first, or meet it closing.
+        # uvicorn closes a connection that is idle for five seconds: avoid a race by being first.
         limits = httpx.Limits(keepalive_expiry=1)
         url = f"http://127.0.0.1:{self.port}"
         return httpx.AsyncClient(base_url=url, limits=limits, timeout=30)
 
     async def _request(self, client: httpx.AsyncClient, name: str, ending: str) -> None:
-        # uvicorn closes the connection when an application has raised, even after a whole answer: a
-        # next request on it might not be answered.
+        # uvicorn closes the connection when an application has raised, even after a whole response:
+        # the next request on it might get none.
         headers = {"Connection": "close"} if ending == "/raised" else None
         async with client.stream("POST", f"/{name}{ending}", headers=headers) as response:
             if ending == "/endless":
@@ -167,7 +167,7 @@ class Soak:
 
 
 async def soak(url: URL, log: Path, console: Console) -> bool:
-    """Send all requests; return whether nothing leaked and no row is missing or too many."""
+    """Send all requests; return whether nothing leaked, and no row is missing or unwanted."""
     engine = create_async_engine(url, poolclass=NullPool)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)

