@@ -214,7 +214,7 @@ async def test_no_connection_is_held_while_a_client_reads_slowly(
         ended.append(True)
 
     async with serve(app) as port:
-        # A small buffer on this side: the server has to wait for this client.
+        # The small buffer makes the server wait for this client.
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
@@ -357,7 +357,7 @@ async def test_a_request_that_swallowed_a_failed_statement_is_no_success(
         return 200
 
     async with http_client(app_of(handler)) as client:
-        # PostgreSQL would answer COMMIT with ROLLBACK, and no driver would say so.
+        # PostgreSQL would answer COMMIT with ROLLBACK, and no driver would report it.
         assert (await client.get("/")).status_code == 500
     assert await database.names() == []
 

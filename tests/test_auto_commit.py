@@ -358,7 +358,7 @@ async def test_a_session_opened_by_the_commit_of_another_is_committed_with_it(
 
 @pytest.fixture
 async def slow_commit(database: Database) -> AsyncGenerator[None]:
-    """Make the COMMIT of a transaction with a seat in it take long."""
+    """Make the COMMIT of a transaction that adds a seat take long."""
     await database.execute(
         "CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN PERFORM pg_sleep(20); RETURN NULL; END';"
@@ -417,7 +417,7 @@ async def test_a_connection_lost_before_commit_is_no_unknown_outcome(
             raw = await (await session.connection()).get_raw_connection()
             assert raw.driver_connection is not None
             async with asyncio.timeout(10):
-                # As long as the driver has not noticed, it would send the COMMIT.
+                # Until the driver has noticed, it would send the COMMIT.
                 while not raw.driver_connection.is_closed():
                     await asyncio.sleep(0)
     assert await database.seats() == []

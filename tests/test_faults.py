@@ -1,4 +1,4 @@
-"""The promise holds at every point where something can go wrong, each tried in its turn."""
+"""The promise holds at every point where something can go wrong; each point is tried."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Rows:
     """What a scenario writes.
 
     Attributes:
-        promised: The rows that are there if the client was told 2xx.
-        promised_by_body: The rows that are there if the client has the whole body.
-        together: Sets of rows of which all are there, or none.
-        first: The row without which the others cannot be there.
+        promised: The rows that are stored if the client was told 2xx.
+        promised_by_body: The rows that are stored if the client has the whole body.
+        together: Sets of rows that are stored all together or not at all.
+        first: The row that is stored if any other is.
     """
 
     promised: set[str]
@@ -241,7 +241,7 @@ every_scenario = pytest.mark.parametrize("name", SCENARIOS)
 
 
 class Bench:
-    """Runs a scenario again and again, each time with something else going wrong."""
+    """Runs a scenario repeatedly, each time with a different fault."""
 
     def __init__(self, url: URL, database: Database) -> None:
         self._url = url
@@ -262,7 +262,7 @@ class Bench:
             first, second = make_connect(url), make_connect(url)
             try:
                 for connect in (first, second):
-                    # What SQLAlchemy asks of a server once for an engine is not tried here.
+                    # Get the queries that SQLAlchemy sends once per engine out of the way.
                     async with new_non_ctx_session(connect) as session:
                         await session.connection()
                     assert connect.engine is not None
@@ -298,7 +298,7 @@ class Bench:
         self.points += 1
         self.fault, self.at_call = None, lambda _: None
         if left := {task for task in asyncio.all_tasks() - tasks if task.get_name() != TASK_NAME}:
-            # The siblings in a gather() of one that failed go on.
+            # When a task in a gather() fails, its siblings go on.
             _, left = await asyncio.wait(left, timeout=5)
         assert not left, "a task is left over"
         names = set(await self._database.names())
@@ -334,7 +334,7 @@ def bench(
     caplog: pytest.LogCaptureFixture,
 ) -> Generator[Bench]:
     bench = Bench(database_url, database)
-    with stamina.set_testing(True, attempts=3):  # without its pauses
+    with stamina.set_testing(True, attempts=3):  # no pauses
         yield bench
     assert bench.points > 1
     record_property("fault points", bench.points)
@@ -432,8 +432,8 @@ async def test_a_request_is_cancelled_at_every_suspension(
 async def cancel_at(number: int, work: Any, kind: str, pause: float = 0) -> int:
     """Run `work` in a task, cancelled at a suspension; return how many suspensions it had.
 
-    With a pause (in seconds) before the cancellation the server has its answer ready, which the
-    event loop has not seen yet.
+    A pause (in seconds) before the cancellation lets the server answer, without the event loop
+    seeing the answer yet.
     """
     steps: Steps
 

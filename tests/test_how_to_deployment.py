@@ -1,4 +1,4 @@
-"""The program of the page on deployment, in processes that are forked, stopped and killed."""
+"""The program of the deployment page, in processes that are forked, stopped and killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GUNICORN = (
 )
 PRELOADED = f"{GUNICORN} --preload"
 
-# Run by gunicorn in the process that it forks the workers from.
+# gunicorn runs this in the process from which it forks the workers.
 USE_BEFORE_THE_FORK = """
 import asyncio
 from examples.how_to.deployment import connect
@@ -38,7 +38,7 @@ def on_starting(server):
 
 
 class Service:
-    """The program, in several processes, and a client of it."""
+    """The program in several processes, and a client of it."""
 
     def __init__(self, client: httpx.AsyncClient, master: psutil.Process) -> None:
         self.master = master
@@ -54,7 +54,7 @@ class Service:
         ]
 
     async def order(self) -> int:
-        """Take an order; return the process that took it."""
+        """Send an order; return the PID of the process that took it."""
         response = await self._client.post(f"/orders/{next(self._numbers)}")
         assert response.status_code == 201, response.text
         process: int = response.json()["process"]
@@ -76,9 +76,9 @@ Run: TypeAlias = Callable[[str], AbstractAsyncContextManager[Service]]
 async def run(database: Database, postgresql: str, tmp_path: Path) -> AsyncGenerator[Run]:
     @asynccontextmanager
     async def run(command: str) -> AsyncGenerator[Service]:
-        log, home = tmp_path / "log", str(tmp_path)  # gunicorn puts a socket into its home
+        log, home = tmp_path / "log", str(tmp_path)  # gunicorn puts a socket into HOME
         with running_module(command, log, DATABASE_URL=postgresql, HOME=home) as port:
-            # A new connection for each request, which any of the processes may accept.
+            # A new connection for each request, so that any of the processes may accept it.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             url = f"http://127.0.0.1:{port}"
             children = psutil.Process().children()

@@ -1,4 +1,4 @@
-"""What people get wrong: a clear error, and every connection comes home."""
+"""What users get wrong: each mistake has a clear error, and every connection comes home."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ HINT = "run_in_new_ctx"
 
 
 def told(error: BaseException | None) -> str:
-    """Return what an error says, with its notes."""
+    """Return the message of an error, with its notes."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 async def outcome(awaitable: Awaitable[Any]) -> BaseException | None:
-    """Return how `awaitable` failed, with whatever error."""
+    """Return the error that `awaitable` raised, of any kind, if it did."""
     try:
         await awaitable
     except BaseException as error:
@@ -58,7 +58,7 @@ async def statement_is_running(database: Database) -> None:
 
 async def assert_clean(connect: DBConnect, database: Database) -> None:
     """Check that the pool is whole, and that nothing is in a transaction or a statement."""
-    # The server notices a connection that was cut a moment later.
+    # It takes the server a moment to notice a connection that was cut.
     with suppress(TimeoutError):
         async with asyncio.timeout(10):
             while connections_out(connect) or await database.states():
@@ -77,7 +77,7 @@ def app_with_child(
     status: int,
     late: bool,
 ) -> ASGIApp:
-    """Make an application that responds while a task of its own is inside a statement."""
+    """Make an application that responds while a child task is inside a statement."""
 
     @ASGIHTTPDBSessionMiddleware
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

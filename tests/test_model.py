@@ -1,6 +1,6 @@
 """Random programs over the public API, checked against a model of what must be in the database.
 
-`MODEL_EXAMPLES=2000` runs more of them than a test run has time for.
+`MODEL_EXAMPLES=2000` runs more programs than a normal test run has time for.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ END_ALL = {
 
 
 def test_what_is_in_the_database_is_what_a_program_has_committed() -> None:
-    # Not derandomized, as it would be on a CI server: each run tries other programs.
+    # Hypothesis would derandomize it on a CI server; each run should try other programs.
     examples = int(os.environ.get("MODEL_EXAMPLES", "60"))
     run_state_machine_as_test(
         Programs,
@@ -90,9 +90,9 @@ class Work:
     """A session, and what must be in it.
 
     Attributes:
-        levels: The names that its transaction has written, and each savepoint in it after that; no
-            level if no transaction is open.
-        unflushed: Whether something was added that no statement has sent yet.
+        levels: The names written by its transaction, then by each savepoint in it; empty if no
+            transaction is open.
+        unflushed: Whether something was added that is not flushed yet.
         connected: Whether it has a connection.
     """
 
@@ -127,7 +127,7 @@ class Work:
 
 @dataclass(eq=False)
 class Unit:
-    """A context: how it is ended, the sessions `db_session` returns, and every one it has made."""
+    """A context: how to end it, the sessions `db_session` returns, and every one it has made."""
 
     opened: AbstractAsyncContextManager[None] | Token[Any]
     current: dict[int, Work] = field(default_factory=dict)
@@ -152,12 +152,12 @@ def step(**arguments: Any) -> Callable[[AsyncMethod], Callable[..., None]]:
 
 
 def one_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[int]:
-    """Choose among what the state of the machine offers."""
+    """Choose one of what the machine's state offers."""
     return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
 
 
 def some_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[list[int]]:
-    """Choose one or more of what the state of the machine offers."""
+    """Choose one or more of what the machine's state offers."""
     return st.runner().flatmap(
         lambda machine: st.lists(st.sampled_from(choices(machine)), min_size=1, unique=True)
     )
@@ -188,22 +188,22 @@ class Programs(RuleBasedStateMachine):
     def working(self) -> list[Work]:
         return [work for unit in self.stack for work in unit.works if work.levels]
 
-    # A SQLite file has one writer at a time: a second one would wait for it in vain.
+    # A SQLite file has one writer at a time; a second one would wait in vain.
 
     def free(self) -> list[int]:
-        """The databases on which no transaction is open."""
+        """The databases with no open transaction."""
         taken = {work.database for work in self.working()}
         return [database for database in DATABASES if database not in taken]
 
     def usable(self) -> list[int]:
-        """The databases on which at most the context's own session has a transaction."""
+        """The databases on which no session but the context's own has a transaction."""
         if not self.stack:
             return []
         own = {work.database for work in self.top.current.values() if work.levels}
         return [database for database in DATABASES if database in own or database in self.free()]
 
     def closed_by_hand(self, database: int) -> Work | None:
-        """The session that `db_session` does not return any more; it may be used all the same."""
+        """The session that `db_session` no longer returns, but that may still be used."""
         closed = [w for w in self.top.works if w not in self.top.current.values()]
         return next((w for w in reversed(closed) if w.database == database), None)
 
@@ -215,7 +215,7 @@ class Programs(RuleBasedStateMachine):
         return [database for database in self.usable() if self.committed[database]]
 
     async def work_on(self, database: int) -> Work:
-        """Ask for the session of the context: the one there is, or a new one."""
+        """Ask for the context's session, existing or new."""
         session = await db_session(self.connects[database])
         work = self.top.current.get(database)
         if work is None:
@@ -238,7 +238,7 @@ class Programs(RuleBasedStateMachine):
             self.settle(work, commit=commit)
 
     async def end(self, unit: Unit, *, fails: bool) -> None:
-        """End a context, and with it those that were opened in it and forgotten."""
+        """End a context, and with it contexts that were opened inside it and forgotten."""
         error = StumbleError()
         if isinstance(unit.opened, Token):
             await reset_db_session_ctx(unit.opened)
@@ -275,7 +275,7 @@ class Programs(RuleBasedStateMachine):
 
     @initialize(by_hand=st.booleans())
     def open_first_context(self, by_hand: bool) -> None:
-        # Without it most programs would never have one: Hypothesis lets each do without some rules.
+        # Otherwise most programs would have none: Hypothesis leaves some rules out of each.
         self.open_context(by_hand)
 
     @precondition(lambda self: len(self.stack) < MAX_DEPTH)
@@ -298,7 +298,7 @@ class Programs(RuleBasedStateMachine):
     async def end_context(
         self, databases: list[int], closed: bool, fails: bool, forgets: bool
     ) -> None:
-        """End a context; or the one around it, if this one was opened by hand."""
+        """End a context; or the block around it, forgetting one that was opened by hand."""
         await self.write_to([d for d in databases if d in self.usable()], closed=closed)
         await self.check_that_outer_contexts_cannot_end_first()
         by_hand = [isinstance(unit.opened, Token) for unit in self.stack[-2:]]
@@ -375,7 +375,7 @@ class Programs(RuleBasedStateMachine):
             work.levels[-1] |= names
             work.flush()
 
-    # Most programs would have nothing to end if these did not write first.
+    # These write first: otherwise most programs would have nothing to end.
 
     @precondition(lambda self: self.usable())
     @step(
@@ -490,6 +490,6 @@ async def open_connect(file: Path) -> DBConnect:
 def _prepare(connection: Any, _: object) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute("PRAGMA synchronous = OFF")  # no power fails here, and disks are slow
-    cursor.execute("PRAGMA busy_timeout = 0")  # nothing may have to wait for a lock
+    cursor.execute("PRAGMA synchronous = OFF")  # nothing here has to survive a power failure
+    cursor.execute("PRAGMA busy_timeout = 0")  # nothing should have to wait for a lock
     cursor.close()

@@ -1,4 +1,4 @@
-"""db_session and what users do with it."""
+"""db_session, and what users do with it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_no_connection_is_taken_before_the_first_statement(connect: DBConn
 
 
 class SlowConnect(DBConnect):
-    """A connect whose handler really waits, and counts."""
+    """A connect whose handler really waits, and counts its calls."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -549,7 +549,7 @@ async def test_a_session_outside_the_context_is_closed_and_rolled_back(
 
 
 class _SyncSession(Session):
-    """Sends a statement as it is closed."""
+    """Sends a statement when it is closed."""
 
     def close(self) -> None:
         self.execute(text("SELECT 1"))
@@ -557,7 +557,7 @@ class _SyncSession(Session):
 
 
 class _AsyncSession(AsyncSession):
-    """Sends a statement as it is closed."""
+    """Sends a statement when it is closed."""
 
     async def close(self) -> None:
         await self.execute(text("SELECT pg_sleep(0)"))
