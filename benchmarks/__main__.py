@@ -1,8 +1,8 @@
 """Measure everything: `python -m benchmarks`, or `python -m benchmarks --quick`.
 
-On a PostgreSQL server of its own (with fsync), or that of BENCH_DATABASE_URL, which has to take 150
-connections. Checks first that all contenders do the same work. The whole run writes `results.json`;
-the quick one prints only.
+Uses its own PostgreSQL server (with fsync), or the one of BENCH_DATABASE_URL, which must allow 150
+connections. First checks that all contenders do the same work. The full run writes `results.json`;
+the quick one only prints.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ async def measure(run: Run) -> None:
 
 
 def about(command: str, load: str) -> dict[str, Any]:
-    """Return what the figures were taken on."""
+    """Return what the figures were measured on."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

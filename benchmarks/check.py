@@ -1,4 +1,4 @@
-"""All contenders do the same work: the same answers, rows and statements."""
+"""Check that all contenders do the same work: the same responses, rows and statements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.requests import request
 from benchmarks.wire import WARM_UP, calls_of, watched, work_of
 from benchmarks.work import INSERT, LOAD, SELECT, UPDATE
 
-REQUESTS = WARM_UP + 2  # of each route; the one before the last is watched, the last one answers
+REQUESTS = WARM_UP + 2  # per route; the last but one is watched, the last one gives the answer
 EXPECTED = {
     "nothing": ("0", []),
     "select": ("5", [SELECT]),
@@ -25,7 +25,7 @@ ROWS = 1 + REQUESTS + 2 * REQUESTS
 
 
 async def differences(url: str, connection: asyncpg.Connection) -> list[str]:
-    """Return what any contender does that the others do not."""
+    """Return every difference between the work of a contender and what all should do."""
     found = []
     for contender in taking_part(autocommit=True):
         found += await differences_of(contender, url, connection)
@@ -35,7 +35,7 @@ async def differences(url: str, connection: asyncpg.Connection) -> list[str]:
 async def differences_of(
     contender: Contender, url: str, connection: asyncpg.Connection
 ) -> list[str]:
-    """Return what is wrong with the answers, the rows and the statements of a contender."""
+    """Return what is wrong with the responses, rows and statements of a contender."""
     await connection.execute(work.CREATE)
     found = []
     async with watched(contender, url) as (app, seen):
@@ -44,7 +44,7 @@ async def differences_of(
             answered = (await request(app, f"/{route}")).decode()
             if answered != answer:
                 found.append(f"{contender.key}: /{route} answers {answered}, not {answer}")
-            # SQLAlchemy 2.0 gives the columns of a loaded object names of their own.
+            # SQLAlchemy 2.0 adds labels to the columns of a loaded object.
             sent = [re.sub(r" AS \w+", "", statement) for statement in work_of(calls)]
             if sent != statements:
                 found.append(f"{contender.key}: /{route} sends {sent}, not {statements}")

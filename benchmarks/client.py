@@ -1,9 +1,9 @@
-"""A client that keeps a server busy, in a process of its own.
+"""A client that keeps a server busy, in its own process.
 
     python -m benchmarks.client '{"port": 8000, "path": "/insert", "clients": 8, "seconds": 2}'
 
-Each client has one connection, and sends the next request when the last one is answered. It speaks
-just enough HTTP, for about a sixth of the CPU time that a server with this library takes.
+Each client has one connection, and sends a request when the last one has been answered. It speaks
+just enough HTTP, and takes about a sixth of the CPU time of a server with this library.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ async def request_again_and_again(
 
 
 async def read_slowly(port: int, path: str) -> None:
-    """Send one request, and take what comes as a client with a bad connection does."""
+    """Send one request, and read the response like a client with a bad connection."""
     loop = asyncio.get_running_loop()
     with socket.socket() as connection:
-        # What the system has room for, a client need not read.
+        # A small buffer: whatever fits into the system's is taken without the client reading it.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
         connection.setblocking(False)
         await loop.sock_connect(connection, ("127.0.0.1", port))
@@ -60,9 +60,10 @@ async def main(
     disturbing: str | None = None,
     settling: float = 1.0,
 ) -> dict[str, Any]:
-    """Return how many requests were answered a second, and how fast, after a warm-up.
+    """Return how many requests per second were answered, and how fast, after a warm-up.
 
-    With a `disturbing` path, 50 others ask for that, and have got what they hold after `settling`.
+    With a `disturbing` path, 50 others request it first, and hold what they take after `settling`
+    seconds.
     """
     finished: list[tuple[float, float]] = []
     tasks: list[asyncio.Task[None]] = []

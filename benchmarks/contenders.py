@@ -1,4 +1,4 @@
-"""The contenders: how each gives a request its session, as its documentation says to."""
+"""The contenders: how each gives a request its session, following its documentation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Contender(NamedTuple):
         return f"{self.framework}: {self.name}"
 
     def obstacle(self) -> str | None:
-        """Return why it cannot take part here, if so."""
+        """Return why it cannot take part here, or None."""
         if self.package and find_spec(self.package) is None:
             return f"{self.package} is not installed: it does not go with these versions"
         if self.name.startswith("Depends"):
@@ -111,7 +111,7 @@ async def by_asyncpg(framework: Framework, url: str, **options: Any) -> AsyncGen
     import asyncpg
 
     async def leave(_: object) -> None:
-        """Send nothing as a connection comes back: SQLAlchemy's pool does not either."""
+        """Send nothing when a connection is returned: SQLAlchemy's pool does not either."""
 
     def make_handler(steps: tuple[Step, ...]) -> Handler:
         raw_steps = tuple(RAW_STEPS[step] for step in steps)
@@ -185,7 +185,7 @@ async def by_advanced_alchemy(url: str, **options: Any) -> AsyncGenerator[ASGIAp
 
 @asynccontextmanager
 async def by_fastapi_sqla(url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    # Its only configuration is the environment.
+    # It is configured only by the environment.
     settings = {f"sqlalchemy_{name}": str(value) for name, value in options.items()}
     settings["sqlalchemy_url"] = url
     os.environ.update(settings)
@@ -286,7 +286,7 @@ BY_KEY = {contender.key: contender for contender in CONTENDERS}
 
 
 def taking_part(*, autocommit: bool = False) -> list[Contender]:
-    """Return the contenders that can take part here, with or without those for reads only."""
+    """Return the contenders that can take part here, with or without the read-only ones."""
     return [
         c
         for c in CONTENDERS

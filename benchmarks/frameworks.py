@@ -1,8 +1,8 @@
 """The application around the handlers, for each framework: the same routes, nothing else.
 
 `/nothing` asks for no session; `/body` streams 4 MiB after a SELECT, and `/background` leaves a
-task that sleeps after one; the others are those of `benchmarks.work`. What is not needed by a
-contender is not imported in its process.
+sleeping task after one; the others are in `benchmarks.work`. The process of a contender imports
+only what it needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MakeHandler: TypeAlias = Callable[[tuple[Step, ...]], Handler]
 
 
 class Framework(NamedTuple):
-    """How to make an application of handlers, and to add this library to it."""
+    """How to make an application from handlers, and how to add this library to it."""
 
     build: Callable[[MakeHandler], Any]
     add_library: Callable[[Any], ASGIApp]
@@ -91,7 +91,7 @@ def build_fastapi(make_handler: MakeHandler) -> Any:
     from starlette.background import BackgroundTask
 
     def responding(handler: Handler, respond: Callable[[int], Response]) -> Handler:
-        @wraps(handler)  # whose parameters FastAPI reads
+        @wraps(handler)  # FastAPI reads its parameters
         async def respond_to(**parameters: Any) -> Response:
             return respond(await handler(**parameters))
 

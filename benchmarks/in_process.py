@@ -1,4 +1,4 @@
-"""Measured in this process: the CPU and wall time of a request, memory, several databases."""
+"""Measurements in this process: CPU and wall time of a request, memory, several databases."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def all_apps(run: Run) -> AsyncGenerator[dict[Contender, ASGIApp]]:
             contender: await stack.enter_async_context(contender.open_app(run.url, **POOL))
             for contender in taking_part(autocommit=True)
         }
-        gc.freeze()  # collecting before each measurement shall not look at all of them again
+        gc.freeze()  # the collection before each measurement skips them
         yield apps
         gc.unfreeze()
 
@@ -71,7 +71,7 @@ async def measure_memory(run: Run, apps: dict[Contender, ASGIApp]) -> None:
 
 
 async def _memory_of(app: ASGIApp) -> float:
-    """Return what a request in flight takes, in KiB."""
+    """Return the memory that a request in flight takes, in KiB."""
     work.gate = work.Gate()
     gc.collect()
     tracemalloc.start()
@@ -129,7 +129,7 @@ def _read_by_library(connects: list[DBConnect], _: object) -> Handler:
 
 
 async def measure_calls(run: Run) -> None:
-    """Measure `await db_session(connect)` when there is a session already."""
+    """Measure `await db_session(connect)` when the session already exists."""
 
     async def empty() -> None: ...
 

@@ -1,4 +1,4 @@
-"""What a request is made of: from the least to this library, one layer after the other."""
+"""What a request is made of: from the bare minimum to this library, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar chart as SVG, legible on light and on dark pages, with the fonts that the reader has."""
+"""A bar chart as SVG, legible on light and dark pages, in the reader's fonts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ line { stroke: #333 } .floor { stroke-dasharray: 4 3 }
 
 
 def bar_chart(title: str, rows: dict[str, dict[str, Any]]) -> str:
-    """Draw the ratios of a section, a group of bars for each column.
+    """Draw the ratios of a section, with a group of bars for each column.
 
     Args:
-        title: Above the bars.
+        title: The text above the bars.
         rows: The figures of each contender, by column.
     """
     columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
@@ -45,7 +45,7 @@ def bar_chart(title: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _bar(name: str, figure: Any, y: int, scale: float) -> list[str]:
-    width = min(figure["ratio"] * scale, WIDTH)  # what is longer is cut, its number is not
+    width = min(figure["ratio"] * scale, WIDTH)  # a longer bar is cut off, its number is not
     low, high = (LEFT + min(figure[end] * scale, WIDTH) for end in ("low", "high"))
     kind = "bar library" if name.startswith(LIBRARY) else "bar"
     middle = y + ROW / 2

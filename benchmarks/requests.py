@@ -1,4 +1,4 @@
-"""Requests to an application in this process, without a server."""
+"""Send requests to an application in this process, without a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from context_async_sqlalchemy.asgi_types import ASGIApp
 
 
 async def request(app: ASGIApp, path: str) -> bytes:
-    """Send a request; return the body of its answer, which has to be 200."""
+    """Send a request; return the body of its response, which has to be a 200."""
     messages: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -38,7 +38,7 @@ async def request(app: ASGIApp, path: str) -> bytes:
 
 
 async def measure(app: ASGIApp, path: str, requests: int) -> tuple[float, float]:
-    """Send requests one after the other; return the CPU and the wall time of one in µs."""
+    """Send requests one after the other; return the CPU and wall time of one, in µs."""
     gc.collect()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(requests):

@@ -1,4 +1,4 @@
-"""A run: its rounds, which the progress bar shows, and the figures that come of them."""
+"""A run: its rounds, shown by the progress bar, and the resulting figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Run:
     """What the measurements share.
 
     Args:
-        url: Of the database.
+        url: The URL of the database.
         is_quick: Whether to measure less.
         progress: Shows the rounds.
     """
@@ -39,11 +39,11 @@ class Run:
         columns.setdefault(column, []).append(value)
 
     def figures(self, section: str, floor_of: Callable[[str, str], tuple[str, str]]) -> Any:
-        """Return the median of each value, and that of its ratio to a floor with its spread.
+        """Return the median of each value, and the median and spread of its ratio to a floor.
 
         Args:
-            section: Which values.
-            floor_of: For a contender and a column, the contender and the column of their floor.
+            section: The section of the values.
+            floor_of: For a contender and a column, the contender and column of their floor.
         """
         samples = self.samples[section]
         figures: dict[str, dict[str, dict[str, float]]] = {}
@@ -52,7 +52,7 @@ class Run:
                 figure = {"value": statistics.median(values)}
                 floor_key, floor_column = floor_of(key, column)
                 floor = samples.get(floor_key, {}).get(floor_column, [])
-                # Zipped, for what slows a round down slows all of it down.
+                # Ratios within a round: what slows a round down slows all of it down.
                 ratios = [value / base for value, base in zip(values, floor, strict=False) if base]
                 if ratios:
                     figure |= {"ratio": statistics.median(ratios), **_spread(ratios)}
@@ -62,7 +62,7 @@ class Run:
 
 
 def rotated(things: Sequence[T], number: int) -> list[T]:
-    """Return the things in an order in which another one is the first in each round."""
+    """Return the things rotated, so that each round starts with a different one."""
     start = number % len(things)
     return [*things[start:], *things[:start]]
 

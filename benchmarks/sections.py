@@ -1,4 +1,4 @@
-"""What is measured: the sections of the results, each with its unit and its floor."""
+"""What is measured: the sections of the results, each with its unit and floor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Section(NamedTuple):
     """One kind of figures.
 
     Attributes:
-        name: In the results.
-        title: Above its table.
-        unit: Of its values.
-        text: What it says, in Markdown.
-        plot: Whether it has a plot: of the ratios, with FastAPI.
-        floor_column: The column that the others of a contender are compared with. Default None:
-            they are compared with the same column of the floor.
+        name: Its name in the results.
+        title: The heading of its table.
+        unit: The unit of its values.
+        text: What it shows, in Markdown.
+        plot: Whether it has a plot, of the ratios with FastAPI.
+        floor_column: The column with which a contender's other columns are compared. Default None:
+            each is compared with the same column of the floor.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Section(NamedTuple):
     floor_column: str | None = None
 
     def floor_of(self, key: str, column: str) -> tuple[str, str]:
-        """Return the contender and the column that a figure is compared with."""
+        """Return the contender and column that a figure is compared with."""
         if self.floor_column is not None:
             return key, self.floor_column
         if self.name == "calls":

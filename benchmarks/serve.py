@@ -1,4 +1,4 @@
-"""A contender, served by uvicorn in a process of its own until its standard input is closed.
+"""Serve a contender with uvicorn, in its own process, until its standard input is closed.
 
     BENCH_SERVED_URL=postgresql+asyncpg://… python -m benchmarks.serve "FastAPI: this library" 10
 
@@ -40,5 +40,5 @@ async def main(key: str, pool_size: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.disable()  # the clients tell what was wrong
+    logging.disable()  # the clients report what is wrong
     asyncio.run(main(sys.argv[1], int(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""Measured from outside: each contender served by uvicorn, with a client in another process."""
+"""Measurements from outside: uvicorn serves each contender to a client in another process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(key: str, url: str, pool_size: int) -> Generator[int]:
         try:
             yield int(process.stdout.readline())
         finally:
-            process.kill()  # politely, it would wait for those who wait for a connection
+            process.kill()  # SIGTERM would wait for requests that wait for a connection
 
 
 def load(port: int, path: str, clients: int, seconds: float, **disturbance: Any) -> Any:
@@ -68,7 +68,7 @@ def measure_throughput(run: Run) -> None:
 
 
 def measure_disturbance(run: Run) -> None:
-    """Measure quick requests while others are slow, though they need no connection for it."""
+    """Measure fast requests while others are slow without needing a connection."""
     keys = _keys(lambda c: (c.framework == "FastAPI" and c.name != LIMIT) or c.name == LIBRARY)
     seconds, settling = (0.3, 0.5) if run.is_quick else (1.0, 1.0)
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def measure_disturbance(run: Run) -> None:
         for port in ports.values():
             load(port, "/select", QUICK_CLIENTS, 0.3)
         for number in run.rounds("served: slow readers, background tasks", 2, 1):
-            # All with one disturbance, then all with the next: it has ended by then.
+            # All contenders with one disturbance, then all with the next: by then it has ended.
             for name, path in DISTURBANCES.items():
                 for key in rotated(keys, number):
                     disturbance = {"disturbing": path, "settling": settling}

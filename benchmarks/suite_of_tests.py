@@ -1,8 +1,8 @@
-"""What isolating the tests of a user's suite costs: a shared transaction, or truncation.
+"""What it costs to isolate the tests of a user's suite: a shared transaction, or truncation.
 
 A suite of 100 tests, each one request with an INSERT and a SELECT, on PostgreSQL with several
-numbers of tables. Interleaved rounds in one run, reported as the ratio of their times.
-BENCH_DATABASE_URL=postgresql://… for another server, whose tables named bench_… are dropped.
+numbers of tables. The rounds are interleaved in one run; the ratio of their times is reported.
+BENCH_DATABASE_URL=postgresql://… uses another server; its tables named bench_… are dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TABLES = (10, 20, 40)
 
 
 def make_tables(count: int) -> list[Table]:
-    """Return tables of which each refers to the one before it."""
+    """Return tables, each with a reference to the one before it."""
     metadata = MetaData()
     return [
         Table(
@@ -87,7 +87,7 @@ async def compare(connect: DBConnect, tables: list[Table]) -> list[tuple[float, 
     rounds = []
     async with client:
         for number in range(ROUNDS + 1):
-            # Each goes first in every other round.
+            # Each goes first in every second round.
             order = [in_transaction, with_truncation][:: 1 if number % 2 else -1]
             times = {run_test: await measure(run_test) for run_test in order}
             rounds.append((times[in_transaction], times[with_truncation]))

@@ -1,4 +1,4 @@
-"""What goes over the wire: how many round trips a request takes, and with which statements."""
+"""What goes over the wire: the round trips of a request, and their statements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
 
 @asynccontextmanager
 async def tables(url: str) -> AsyncGenerator[asyncpg.Connection]:
-    """Make the tables anew; yields a connection of its own, and drops them in the end."""
+    """Make the tables anew; yields a separate connection, and drops them at the end."""
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         await connection.execute(CREATE)
@@ -41,10 +41,10 @@ async def watched(
     """Open the application of a contender; yields it, and the statements that it sends.
 
     Args:
-        contender: Which one.
-        url: Of the database.
-        seconds: By how much each round trip is longer. Default 0.
-        **options: Of its engine.
+        contender: The contender.
+        url: The URL of the database.
+        seconds: How much to delay each round trip. Default 0.
+        **options: The options of its engine.
     """
     seen: list[str] = []
 
@@ -63,7 +63,7 @@ async def watched(
 
 
 async def calls_of(app: ASGIApp, seen: list[str], path: str) -> list[str]:
-    """Return the statement of each round trip of one request on a hot connection."""
+    """Return the statement of each round trip of one request on a warm connection."""
     for _ in range(WARM_UP):
         await request(app, path)
     seen.clear()
@@ -72,12 +72,12 @@ async def calls_of(app: ASGIApp, seen: list[str], path: str) -> list[str]:
 
 
 def work_of(calls: list[str]) -> list[str]:
-    """Return those that neither begin nor end a transaction."""
+    """Return the calls that neither begin nor end a transaction."""
     return [call for call in calls if not call.startswith(_ENDS)]
 
 
 async def measure_trips(run: Run) -> None:
-    """Count the round trips of a request on a hot connection, of each contender."""
+    """Count the round trips of a request on a warm connection, for each contender."""
     rows: list[tuple[str, Contender, dict[str, Any]]]
     rows = [(c.key, c, {}) for c in taking_part(autocommit=True)]
     for key in ("FastAPI: by hand", "FastAPI: this library"):
@@ -91,7 +91,7 @@ async def measure_trips(run: Run) -> None:
 
 
 async def measure_distance(run: Run) -> None:
-    """Measure a SELECT with a server that is 1 ms away."""
+    """Measure a SELECT on a server that is 1 ms away."""
     async with AsyncExitStack() as stack:
         apps = {}
         for contender in taking_part(autocommit=True):

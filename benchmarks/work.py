@@ -51,7 +51,7 @@ class Counter(Base):
 
 
 class Gate:
-    """Where requests wait, to be counted while they are in flight."""
+    """Holds requests, so that they can be measured in flight."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -97,7 +97,7 @@ ROUTES: dict[str, tuple[Step, ...]] = {
 """What each route does with its session: one after the other, in coroutines of their own."""
 
 
-# What SQLAlchemy sends for them.
+# The statements that SQLAlchemy sends for them.
 SELECT = "SELECT bench_entry.name \nFROM bench_entry \nWHERE bench_entry.id = $1::INTEGER"
 INSERT = "INSERT INTO bench_entry (name) VALUES ($1::VARCHAR) RETURNING bench_entry.id"
 LOAD = (
