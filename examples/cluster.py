@@ -15,7 +15,7 @@ PRIMARY_HOST, STANDBY_HOST = "127.0.0.1", "127.0.0.2"
 
 _OPTIONS = (
     "-c shared_buffers=16MB -c autovacuum=off"
-    # How long a standby waits before it looks again for a primary that was away.
+    # How long a standby waits before it tries again to reach its primary.
     " -c wal_retrieve_retry_interval=100ms"
 )
 
@@ -26,13 +26,13 @@ def primary_and_standby(
 ) -> Generator[tuple[Server, Server]]:
     """Run a primary, and a hot standby that streams from it.
 
-    They have the same port on different hosts. The standby's, 127.0.0.2, is there on Linux; on
-    macOS, `ifconfig lo0 alias 127.0.0.2` makes it.
+    They have the same port on different hosts. The standby's, 127.0.0.2, exists on Linux; on macOS,
+    `ifconfig lo0 alias 127.0.0.2` adds it.
 
     Args:
-        synchronous_commit: What a commit on the primary waits for: "on", that the standby has
-            written it; "remote_apply", that it is seen there, too. Default None: for nothing.
-            Without the standby such a commit waits forever; a promoted standby waits for nobody.
+        synchronous_commit: What a commit on the primary waits for: "on", until the standby has
+            written it; "remote_apply", until it is visible there, too. Default None: nothing.
+            Without the standby such a commit waits forever; a promoted standby waits for none.
 
     Yields:
         The primary and the standby.
@@ -41,7 +41,7 @@ def primary_and_standby(
     with new_server(PRIMARY_HOST, port, _OPTIONS) as primary:
         standby = _copy_of(primary, STANDBY_HOST)
         if synchronous_commit is not None:
-            # The standby has no copy of this. A reload would not say when it has come into force.
+            # The standby has no copy of this. A reload would not report when it has taken effect.
             primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
             primary.psql(f"ALTER SYSTEM SET synchronous_commit = {synchronous_commit}")
             primary.restart()

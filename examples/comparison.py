@@ -1,6 +1,6 @@
-"""The same endpoint three times: by hand, by `Depends`, and with this library.
+"""The same endpoint three times: by hand, with `Depends`, and with this library.
 
-Runs as `uvicorn examples.comparison:app`; the three are under /by-hand, /depends and /library.
+Run it with `uvicorn examples.comparison:app`; they are under /by-hand, /depends and /library.
 """
 
 from __future__ import annotations

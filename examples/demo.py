@@ -1,7 +1,7 @@
-"""The main job, shown: requests to a real server, and what became of their transactions.
+"""A demonstration: requests to a real server, and what became of their transactions.
 
-Runs on a SQLite file, or on the server of `DATABASE_URL`. Exits non-zero when a line of the table
-is not as it should be.
+Runs on a SQLite file, or on the server of `DATABASE_URL`. Exits non-zero if a line of the table is
+not as it should be.
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ class Outcome:
     connections_out: int = 0
 
     def cells(self) -> list[str]:
-        """Return how the table shows it."""
+        """Return its cells in the table."""
         ends = [f"{self.committed} committed"] * bool(self.committed)
         ends += [f"{self.rolled_back} rolled back"] * bool(self.rolled_back)
         statuses = ", ".join(map(str, self.statuses))
         return [statuses, ", ".join(ends), ", ".join(self.new_rows), str(self.connections_out)]
 
 
-# What is requested, all at the same time, and what should come of it.
+# The names to request, all at the same time, and the expected outcome.
 SCENARIOS = {
     "a success": (["ann"], Outcome([201], ["ann"], committed=1)),
     "a duplicate": (["ann"], Outcome([409], rolled_back=1)),
@@ -188,8 +188,8 @@ async def run(url: URL, console: Console) -> bool:
 
 
 async def wait_for_transactions(counter: TransactionCounter, count: int) -> None:
-    """Wait until `count` have ended: a background task ends after the response."""
-    with suppress(TimeoutError):  # the table says then what is missing
+    """Wait until `count` have ended: a background task's ends after the response."""
+    with suppress(TimeoutError):  # the table then shows what is missing
         async with asyncio.timeout(5):
             while counter.committed + counter.rolled_back < count:
                 await asyncio.sleep(0.01)
@@ -202,7 +202,7 @@ def connections_out(connect: DBConnect) -> int:
 
 @asynccontextmanager
 async def observed_table(url: URL) -> AsyncGenerator[Callable[[], Awaitable[set[str]]]]:
-    """Make the table, and drop it in the end; yields a way to read it from outside."""
+    """Make the table, and drop it at the end; yields a function that reads it from outside."""
     engine = create_async_engine(url, poolclass=NullPool)
 
     async def read_names() -> set[str]:
@@ -224,7 +224,7 @@ def main() -> int:
         default = f"sqlite+aiosqlite:///{Path(directory) / 'demo.db'}"
         try:
             url = make_url(os.environ.get("DATABASE_URL") or default)
-            # As wide as the table: a pipe has no width of its own.
+            # As wide as the table: a pipe has no width.
             return 0 if asyncio.run(run(url, Console(width=128))) else 1
         except (ArgumentError, InvalidRequestError):
             return fail("is not the URL of an async driver, like postgresql+asyncpg://user@host/db")

