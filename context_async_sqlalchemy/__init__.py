@@ -1,7 +1,11 @@
 """Request-scoped sessions for SQLAlchemy's asyncio extension: 2xx means committed."""
 
-from context_async_sqlalchemy.after_commit import on_commit
-from context_async_sqlalchemy.asgi_utils import ASGIHTTPDBSessionMiddleware
+from context_async_sqlalchemy._engine.driver_errors import is_transient_error
+from context_async_sqlalchemy._engine.pool import PoolStatus
+from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
+from context_async_sqlalchemy._unit.blocks import new_db_session_ctx, run_in_new_ctx
+from context_async_sqlalchemy._unit.on_commit import on_commit
+from context_async_sqlalchemy._unit.retry import retry_on_transient_error
 from context_async_sqlalchemy.auto_commit import (
     BeforeCommitCallback,
     auto_commit_by_status_code,
@@ -25,9 +29,6 @@ from context_async_sqlalchemy.exceptions import (
     ContextClosedError,
     ContextNotInitiatedError,
 )
-from context_async_sqlalchemy.pools import PoolStatus
-from context_async_sqlalchemy.retry import is_transient_error, retry_on_transient_error
-from context_async_sqlalchemy.run_in_new_context import new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy.session import (
     atomic_db_session,
     close_db_session,

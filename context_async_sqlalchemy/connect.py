@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Self, Unpack
 
 from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from context_async_sqlalchemy.engine import EngineOptions
-from context_async_sqlalchemy.engines import Engines, SessionMaker, check_callable
-from context_async_sqlalchemy.from_url import creators_from_url
-from context_async_sqlalchemy.leak_detection import check_leak_detection_threshold
-from context_async_sqlalchemy.pools import PoolStatus, pool_status
-from context_async_sqlalchemy.redaction import hide_password
-from context_async_sqlalchemy.release import close_sessions
-from context_async_sqlalchemy.session_type import SessionOptions, SessionT_co
-from context_async_sqlalchemy.shield import logger, result_within
+from context_async_sqlalchemy._engine.border import password_of, real_session
+from context_async_sqlalchemy._engine.engines import Engines, SessionMaker, check_callable
+from context_async_sqlalchemy._engine.from_url import creators_from_url
+from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
+from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
+from context_async_sqlalchemy._engine.release import close_sessions
+from context_async_sqlalchemy._engine.shield import result_within
 
 _numbers = itertools.count(1)
+
+
+class ConnectOptions(URLOptions[SessionT], total=False):
+    """The options of `DBConnect.from_url`, which describes them."""
+
+    before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None
+    leak_detection_threshold: float | None
 
 
 class DBConnect(Generic[SessionT_co]):
@@ -50,6 +57,8 @@ class DBConnect(Generic[SessionT_co]):
         ValueError: If `host` is empty, or `leak_detection_threshold` is not a positive number.
     """
 
+    leak_detection_threshold: float | None = None
+
     def __init__(
         self,
         engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],
@@ -64,8 +73,14 @@ class DBConnect(Generic[SessionT_co]):
     ) -> None:
         if before_create_session_handler is not None:
             check_callable("before_create_session_handler", before_create_session_handler)
-        check_leak_detection_threshold(leak_detection_threshold)
-
+        if leak_detection_threshold is not None and not (
+            isinstance(leak_detection_threshold, int | float)
+            and 0 < leak_detection_threshold < math.inf
+        ):
+            raise ValueError(
+                "leak_detection_threshold must be a positive number of seconds, or None for no "
+                f"leak detection, not {leak_detection_threshold!r}"
+            )
         self.context_key = f"connect-{next(_numbers)}"
         self.leak_detection_threshold = leak_detection_threshold
         self._engines = Engines(engine_creator, session_maker_creator, host)
@@ -76,53 +91,54 @@ class DBConnect(Generic[SessionT_co]):
         cls,
         url: str | URL,
         password: str | None = None,
-        *,
-        before_create_session_handler: Callable[[DBConnect[Any]], Awaitable[None]] | None = None,
-        session_options: SessionOptions[SessionT_co] | None = None,
-        ping_after_idle: float = 1.0,
-        idle_timeout: float | None = None,
-        min_idle: int = 0,
-        leak_detection_threshold: float | None = None,
-        **engine_options: Unpack[EngineOptions],
+        **options: Unpack[ConnectOptions[SessionT_co]],
     ) -> DBConnect[SessionT_co]:
         """Make a connect for a database URL; opens nothing.
 
             connect = DBConnect.from_url("postgresql://app@db.example.com/shop", password)
 
-        See `create_engine` in `context_async_sqlalchemy.engine` for what is set for each database:
-        TLS as in the URLs of hosted PostgreSQL, savepoints and foreign keys of SQLite.
+        PostgreSQL with asyncpg: the query of the URL may have what is in the URLs of hosted
+        databases: `sslmode`, `sslrootcert`, `options`, `connect_timeout` and others of libpq's.
+        Only `sslmode=verify-full` verifies the server: `channel_binding` is dropped.
+
+        SQLite: savepoints, reads and DDL belong to the transaction; foreign keys are enforced; a
+        writer waits up to 5 seconds for another one. A transaction that reads before it writes
+        cannot wait, unless it begins with the lock:
+        `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory has one connection:
+        one session at a time uses it, the others wait.
 
         Args:
             url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`)
                 gets asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy.
             password: The password, not percent-encoded. Default None: the one in the URL.
-            before_create_session_handler: As for `DBConnect`. `change_host` replaces the host of
-                the URL, and with "host:port" its port. Default None.
-            session_options: What `async_sessionmaker` takes, such as a `class_` of your own;
-                `expire_on_commit` is False unless it is given here. Default None.
-            ping_after_idle: With `pool_pre_ping=True`, ping a connection only if it was idle for
-                longer than this, in seconds. Default 1.
-            idle_timeout: Close a connection that was idle for longer than this, in seconds. The
-                pool then hands out the one that was used last. Default None: never.
-            min_idle: How many idle connections `idle_timeout` leaves open. Default 0.
-            leak_detection_threshold: As for `DBConnect`, in seconds. Default None: do not watch.
-            **engine_options: Of `sqlalchemy.create_engine()`, with its defaults: `pool_size`,
+            **options: What `sqlalchemy.create_engine()` takes, with its defaults: `pool_size`,
                 `max_overflow`, `pool_timeout`, `pool_recycle`, `pool_pre_ping`, `isolation_level`,
-                `connect_args`, `echo`, and so on.
+                `connect_args`, `echo`, and so on; and:
+
+                - `before_create_session_handler`: As for `DBConnect`. `change_host` replaces the
+                  host of the URL, and with "host:port" its port. Default None.
+                - `session_options`: What `async_sessionmaker` takes, such as a `class_` of your
+                  own; `expire_on_commit` is False unless it is given here. Default None.
+                - `ping_after_idle`: With `pool_pre_ping=True`, ping a connection only if it was
+                  idle for longer than this, in seconds. Default 1.
+                - `idle_timeout`: Close a connection that was idle for longer than this, in seconds.
+                  The pool then hands out the one that was used last. Default None: never.
+                - `min_idle`: How many idle connections `idle_timeout` leaves open. Default 0.
+                - `leak_detection_threshold`: As for `DBConnect`, in seconds. Default None.
 
         Raises:
             TypeError: If an option is unknown, or of the wrong type.
             ValueError: If the URL cannot be read, its driver is not async, or an option is invalid.
         """
-        creators = creators_from_url(
-            url, password, session_options, ping_after_idle, idle_timeout, min_idle, engine_options
-        )
+        handler = options.pop("before_create_session_handler", None)
+        threshold = options.pop("leak_detection_threshold", None)
+        creators = creators_from_url(url, password, options)
         connect = cls(
             creators.engine,
             creators.session_maker,
             creators.host,
-            before_create_session_handler,
-            leak_detection_threshold=leak_detection_threshold,
+            handler,
+            leak_detection_threshold=threshold,
         )
         connect._engines.needs_host = False
         return connect
@@ -253,7 +269,7 @@ class DBConnect(Generic[SessionT_co]):
                     attempt,
                     attempts,
                     type(error).__name__,
-                    hide_password(str(error), self.engine),
+                    hide_password(str(error), password_of(self.engine)),
                 )
                 if attempt == attempts:
                     raise
@@ -277,7 +293,7 @@ class DBConnect(Generic[SessionT_co]):
         try:
             await session.scalar(statement)  # SQLModel's session deprecates `execute`
         finally:
-            await close_sessions([session])
+            await close_sessions([real_session(session)])
 
     # Not public, but users' code reads and sets them.
 

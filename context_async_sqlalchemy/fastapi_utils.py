@@ -1,4 +1,4 @@
-"""The middleware, the dependency and the Starlette helpers, for FastAPI."""
+"""For FastAPI: what there is for Starlette, and the session as a dependency."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Unpack
 
 from fastapi import FastAPI
 
-from context_async_sqlalchemy.asgi_utils import MiddlewareOptions
-from context_async_sqlalchemy.auto_commit import BeforeCommitCallback
-from context_async_sqlalchemy.fastapi_dependency import DBSessionDependency
+from context_async_sqlalchemy._http.dependency import DBSessionDependency
+from context_async_sqlalchemy._http.middleware import MiddlewareOptions
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback
 from context_async_sqlalchemy.starlette_utils import (
     add_database_exception_handlers,
     add_starlette_http_db_session_middleware,

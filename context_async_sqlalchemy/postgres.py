@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from context_async_sqlalchemy._engine.engines import close_engine
+from context_async_sqlalchemy._engine.guard import guard
+from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.loops import PerLoop
+from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.engines import close_engine
-from context_async_sqlalchemy.guards import guard
-from context_async_sqlalchemy.loops import PerLoop
-from context_async_sqlalchemy.redaction import hide_password
-from context_async_sqlalchemy.shield import logger, run_to_completion
 
 Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
 

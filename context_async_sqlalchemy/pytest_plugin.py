@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.session_type import SessionT
 from context_async_sqlalchemy.test_utils import shared_transaction
 
 if TYPE_CHECKING:

@@ -7,17 +7,18 @@ from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from context_async_sqlalchemy._engine.options import SessionT
+from context_async_sqlalchemy._engine.release import close_sessions
+from context_async_sqlalchemy._testing.shared_transaction import share_connection
+from context_async_sqlalchemy._unit.context import current_context
+from context_async_sqlalchemy._unit.settle import abandon, finish
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import (
-    current_context,
     init_db_session_ctx,
     put_db_session_to_context,
     reset_db_session_ctx,
 )
-from context_async_sqlalchemy.release import close_sessions
 from context_async_sqlalchemy.session import new_non_ctx_session
-from context_async_sqlalchemy.session_type import SessionT
-from context_async_sqlalchemy.shared_transaction import share_connection
 
 
 @asynccontextmanager
@@ -78,8 +79,9 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     The middleware joins it, and leaves settling and closing to the test.
 
     Args:
-        auto_close: Whether to close, and so roll back, all its sessions at the end. Default False:
-            only those that `db_session` made. The code that put in the others closes them, as
+        auto_close: Whether to commit all its sessions when the block ends, or roll them back when
+            it raises, and to close them. Default False: nothing is committed, and only the sessions
+            that `db_session` made are closed. The code that put in the others closes them, as
             `put_savepoint_session_in_ctx` does.
 
     Raises:
@@ -90,10 +92,17 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     context.is_test = True
     try:
         yield
+    except BaseException as error:
+        if auto_close:
+            await abandon(context, error)
+        raise
+    else:
+        if auto_close:
+            await finish(context, commit=True)
     finally:
         if not auto_close:
-            await close_sessions(context.made)
-        await reset_db_session_ctx(token, with_close=auto_close)
+            await context.close_made()
+            await reset_db_session_ctx(token, with_close=False)
 
 
 @asynccontextmanager

@@ -34,8 +34,8 @@ from context_async_sqlalchemy import (
     rollback_db_session,
     run_in_new_ctx,
 )
+from context_async_sqlalchemy._unit.on_commit import CommitWatch
 from context_async_sqlalchemy.asgi_types import Scope
-from context_async_sqlalchemy.commits import CommitWatch
 from context_async_sqlalchemy.test_utils import (
     put_savepoint_session_in_ctx,
     rollback_session,

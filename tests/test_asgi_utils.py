@@ -451,7 +451,7 @@ async def test_a_test_context_is_joined_and_left_to_the_test(
         await add(connect, "a")
         return 200
 
-    async with set_test_context(auto_close=True):
+    async with set_test_context():
         session = await db_session(connect)
         await call(app_of(handler))
         assert await database.names() == []

@@ -32,7 +32,7 @@ from context_async_sqlalchemy import (
     reset_db_session_ctx,
     rollback_all_sessions,
 )
-from context_async_sqlalchemy.shield import run_to_completion
+from context_async_sqlalchemy._engine.shield import run_to_completion
 from examples.demo import connections_out
 from tests.conftest import Database
 from tests.models import Item

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import URL
 
-from context_async_sqlalchemy import auto_commit, settling_send
+from context_async_sqlalchemy._http import send
+from context_async_sqlalchemy._unit.settle import settle
 from examples import demo
 
 
@@ -31,10 +32,10 @@ def test_the_demo_fails_when_errors_are_committed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def always_commit(context: Any, *, commit: bool, before_commit: Any) -> None:
-        await auto_commit.settle(context, commit=True, before_commit=before_commit)
+        await settle(context, commit=True, before_commit=before_commit)
 
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    monkeypatch.setattr(settling_send, "settle", always_commit)
+    monkeypatch.setattr(send, "settle", always_commit)
     assert demo.main() == 1
     assert "5 of 7 requests" in capsys.readouterr().out
 

@@ -18,7 +18,9 @@ from sqlalchemy import URL, NullPool, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from context_async_sqlalchemy.engine import EngineOptions, create_engine, parse_url
+from context_async_sqlalchemy._engine.from_url import create_engine
+from context_async_sqlalchemy._engine.options import EngineOptions
+from context_async_sqlalchemy._engine.url import parse_url
 from examples.postgres import PASSWORD_ROLE, free_port
 from tests.conftest import Database
 

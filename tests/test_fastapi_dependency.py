@@ -569,7 +569,7 @@ async def test_a_test_that_has_a_context_settles_itself(
     transport = httpx.ASGITransport(app)
     async with (
         rollback_session(connect),
-        set_test_context(auto_close=True),
+        set_test_context(),
         httpx.AsyncClient(transport=transport, base_url="http://app") as client,
     ):
         assert (await client.post("/")).status_code == 200

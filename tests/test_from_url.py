@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
-from context_async_sqlalchemy.redaction import hide_password
+from context_async_sqlalchemy._engine.log import hide_password
 from examples.postgres import PASSWORD_ROLE, free_port
 from tests.conftest import Database
 from tests.models import Item

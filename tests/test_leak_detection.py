@@ -33,13 +33,13 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     on_commit,
 )
+from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.fastapi_utils import (
     DBSessionDependency,
     add_fastapi_http_db_session_middleware,
     fastapi_http_db_session_middleware,
 )
-from context_async_sqlalchemy.release import close_sessions
 from examples.demo import connections_out
 from examples.serving import http_client
 from tests.conftest import Database

@@ -13,7 +13,8 @@ import pytest
 import trustme
 from sqlalchemy import URL, NullPool, text
 
-from context_async_sqlalchemy.engine import create_engine, parse_url
+from context_async_sqlalchemy._engine.from_url import create_engine
+from context_async_sqlalchemy._engine.url import parse_url
 from examples.postgres import free_port
 from tests.tls import TLSServer, tls_server
 

@@ -12,7 +12,8 @@ from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from context_async_sqlalchemy.engine import create_engine, parse_url
+from context_async_sqlalchemy._engine.from_url import create_engine
+from context_async_sqlalchemy._engine.url import parse_url
 from tests.conftest import Database
 from tests.proxy import Call, Fault, proxy
 

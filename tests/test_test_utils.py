@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -9,7 +10,8 @@ from unittest.mock import AsyncMock, Mock
 import httpx
 import pytest
 import pytest_asyncio
-from sqlalchemy import select
+from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,6 +20,7 @@ from starlette.routing import Route
 
 from context_async_sqlalchemy import (
     ContextAlreadyInitiatedError,
+    ContextClosedError,
     ContextNotInitiatedError,
     DBConnect,
     db_session,
@@ -32,7 +35,7 @@ from context_async_sqlalchemy.test_utils import (
 )
 from examples.demo import connections_out
 from tests.conftest import Database
-from tests.models import Item
+from tests.models import Item, Seat
 from tests.test_context import connect_mock
 
 
@@ -90,6 +93,51 @@ async def test_a_test_context_closes_its_sessions_only_if_asked_to() -> None:
             put_db_session_to_context(connect_mock(), session)
         assert session.close.await_count == auto_close
     assert not is_context_initiated()
+
+
+async def test_a_test_context_that_closes_commits_what_its_block_has_done(
+    connect: DBConnect, database: Database
+) -> None:
+    async with set_test_context(auto_close=True):
+        session = await db_session(connect)
+        session.add(Item(name="a"))
+    assert await database.names() == ["a"]
+    with pytest.raises(ContextClosedError):
+        await session.execute(select(1))
+    assert not is_context_initiated()
+
+
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
+async def test_a_test_context_that_closes_rolls_back_a_block_that_raises(
+    connect: DBConnect, database: Database, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        async with set_test_context(auto_close=True):
+            (await db_session(connect)).add(Item(name="a"))
+            await (await db_session(connect)).flush()
+            raise error
+    assert await database.names() == []
+    assert not is_context_initiated()
+
+
+async def test_a_test_context_that_closes_raises_the_error_of_its_commit(
+    connect: DBConnect, database: Database
+) -> None:
+    with pytest.raises(IntegrityError):
+        async with set_test_context(auto_close=True):
+            session = await db_session(connect)
+            session.add_all([Seat(number=1), Seat(number=1)])
+    assert connections_out(connect) == 0
+    assert await database.seats() == []
+
+
+async def test_a_test_context_that_does_not_close_commits_nothing(
+    connect: DBConnect, database: Database
+) -> None:
+    async with set_test_context():
+        await (await db_session(connect)).execute(insert(Item).values(name="a"))
+    assert await database.names() == []
+    assert connections_out(connect) == 0
 
 
 async def test_a_test_context_closes_what_db_session_made_in_it(connect: DBConnect) -> None:

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from context_async_sqlalchemy.pools import pool_status
+from context_async_sqlalchemy._engine.pool import pool_status
 from examples.demo import connections_out
 from examples.serving import http_client, serve
 from tests.programs import Outside, load_program, until

@@ -1,0 +1,1 @@
+"""From a database URL to an engine for each event loop, and its connections home again."""

@@ -1,0 +1,105 @@
+"""The border: for a mock of a user's test, something of SQLAlchemy's that stands in for it.
+
+What lies behind knows real engines and sessions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Engine, NullPool, create_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction
+from sqlalchemy.orm import Session
+
+from context_async_sqlalchemy._engine.log import logger
+
+
+def sync_engine_of(engine: AsyncEngine) -> Engine:
+    """Return the engine inside `engine`; for a mock, one that never opens anything."""
+    sync_engine = getattr(engine, "sync_engine", None)
+    if isinstance(sync_engine, Engine):
+        return sync_engine
+    return create_engine("sqlite://", poolclass=NullPool)
+
+
+def password_of(engine: AsyncEngine | None) -> str | None:
+    """Return the password with which an engine connects, if it has one."""
+    return sync_engine_of(engine).url.password if engine is not None else None
+
+
+def real_session(session: AsyncSession) -> AsyncSession:
+    """Return `session`; for a mock, a session that passes on to it what would end a transaction."""
+    if isinstance(getattr(session, "sync_session", None), Session):
+        return session
+    return _StandIn(session)
+
+
+class _StandIn(AsyncSession):
+    def __init__(self, mock: Any) -> None:
+        super().__init__()
+        self._mock = mock
+        self._is_settled = False
+
+    def __repr__(self) -> str:
+        return repr(self._mock)
+
+    def in_transaction(self) -> bool:
+        return not self._is_settled and self._says_in_transaction()
+
+    def begin(self) -> AsyncSessionTransaction:
+        return _StandInTransaction(self, self._mock.begin())
+
+    def begin_nested(self) -> AsyncSessionTransaction:
+        return _StandInTransaction(self, self._mock.begin_nested(), nested=True)
+
+    async def flush(self, objects: Sequence[Any] | None = None) -> None:
+        await self._mock.flush()
+
+    async def commit(self) -> None:
+        await self._mock.commit()
+        self._note_settled()
+
+    async def rollback(self) -> None:
+        await self._mock.rollback()
+        self._note_settled()
+
+    async def close(self) -> None:
+        await self._mock.close()
+
+    async def invalidate(self) -> None:
+        try:
+            await self._mock.invalidate()
+        except Exception:
+            logger.exception("The connection of a database session could not be discarded")
+
+    def _says_in_transaction(self) -> bool:
+        answer = self._mock.in_transaction()
+        if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
+            answer.close()
+        return bool(answer)
+
+    def _note_settled(self) -> None:
+        # A mock says at any time that it is in a transaction: one that was rolled back with a 404
+        # would be committed when the body ends. A fake that tells the truth is settled again.
+        self._is_settled = self._says_in_transaction()
+
+
+class _StandInTransaction(AsyncSessionTransaction):
+    """A transaction of a mock, whose `begin` returns nothing to wait for if it has a spec."""
+
+    def __init__(self, session: AsyncSession, mock: Any, nested: bool = False) -> None:
+        super().__init__(session, nested)
+        self._mock = mock
+
+    async def start(self, is_ctxmanager: bool = False) -> AsyncSessionTransaction:
+        if inspect.isawaitable(self._mock):
+            self._mock = await self._mock
+        return self
+
+    async def commit(self) -> None:
+        await self._mock.commit()
+
+    async def rollback(self) -> None:
+        await self._mock.rollback()

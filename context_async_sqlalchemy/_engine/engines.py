@@ -1,0 +1,278 @@
+"""The engines of a connect: one on each event loop, made when it is first needed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
+from context_async_sqlalchemy._engine.guard import guard, retire
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.loops import PerLoop
+from context_async_sqlalchemy._engine.pool import count_connections, finish_closing
+from context_async_sqlalchemy._engine.shield import run_to_completion
+
+T = TypeVar("T")
+
+_MOMENT = 1.0  # seconds
+SessionMaker: TypeAlias = async_sessionmaker[Any]
+
+
+class Opened(NamedTuple):
+    """An engine, its sessionmaker, and the host they talk to."""
+
+    host: str | None
+    engine: AsyncEngine
+    session_maker: SessionMaker
+
+
+class _Place:
+    """The engine of an event loop."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()  # creators may wait, and must not be called twice
+        self.opened: Opened | None = None
+
+
+class Engines:
+    """The engines of a connect.
+
+    Attributes:
+        host: The host to talk to; None if none was given yet, or the URL has none.
+        needs_host: Whether the engine_creator needs a host.
+        latest: The engine that was opened last, on any loop; None after `close`.
+        put_by_hand: An engine that somebody else made; it is closed with the others.
+        session_maker_put_by_hand: A sessionmaker that is used until the next engine is made.
+    """
+
+    def __init__(
+        self,
+        engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],
+        session_maker_creator: Callable[[AsyncEngine], Awaitable[SessionMaker] | SessionMaker],
+        host: str | None,
+    ) -> None:
+        check_callable("engine_creator", engine_creator)
+        check_callable("session_maker_creator", session_maker_creator)
+        if host is not None:
+            _check_host(host)
+        self.host = host
+        self.needs_host = True
+        self.latest: Opened | None = None
+        self.put_by_hand: AsyncEngine | None = None
+        self.session_maker_put_by_hand: SessionMaker | None = None
+        self._engine_creator = engine_creator
+        self._session_maker_creator = session_maker_creator
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._places = PerLoop(_Place)
+        self._pinned: _Place | None = None
+        self._close_unpinned = False
+
+    async def get(self) -> Opened:
+        """Return the engine of the running loop for the host, made if there is none."""
+        place = self._places.here()
+        if self._pinned is not None:
+            return self._get_pinned(place)
+        if (opened := place.opened) is not None and opened.host == self.host:
+            return opened
+        async with place.lock:
+            retiring: list[asyncio.Task[None]] = []
+            if (opened := place.opened) is None or opened.host != self.host:
+                opened = await self._make(self.host)
+                retiring = self._put(place, opened)
+        await _wait_a_moment(retiring)
+        return opened
+
+    def put(self, engine: AsyncEngine) -> None:
+        """Put an engine here that somebody else made."""
+        self.put_by_hand = None
+        # A test that has patched it puts back what was there: its user is counted already.
+        if engine is not self.here():
+            guard(engine)
+            self.put_by_hand = engine
+
+    async def switch(self, host: str, *, anew: bool) -> None:
+        """Talk to `host` from now on, with a new engine even if it is the host already."""
+        _check_host(host)
+        if self._pinned is not None:
+            self.host = host
+            return
+        place = self._places.here()
+        async with place.lock:
+            retiring: list[asyncio.Task[None]] = []
+            if anew or host != self.host:
+                opened = await self._make(host)
+                self.host = host
+                retiring = self._put(place, opened)
+        await _wait_a_moment(retiring)
+
+    async def close(self) -> None:
+        """Close every engine, each on its own loop."""
+        if self._pinned is not None:
+            self._close_unpinned = True
+            return
+        place = self._places.here()
+        async with place.lock:
+            engines = [place.opened.engine] if place.opened is not None else []
+            if self.put_by_hand is not None:
+                engines.append(self.put_by_hand)
+            place.opened = self.latest = self.put_by_hand = self.session_maker_put_by_hand = None
+        for loop, other in self._places.elsewhere():
+            if other.opened is not None:
+                closing = asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
+                closing.add_done_callback(_log_failure)
+                other.opened = None
+        if engines or self._retiring:
+            await run_to_completion(self._close(engines))
+
+    @asynccontextmanager
+    async def pin(self) -> AsyncGenerator[Opened]:
+        """Keep the engine of the running loop for a block, even if the host changes.
+
+        A `close` in the block takes place at its end.
+
+        Raises:
+            RuntimeError: If one is kept already. In the block, `get` raises it on another loop.
+        """
+        if self._pinned is not None:
+            raise RuntimeError("a test's transaction is open already for this connect")
+        opened = await self.get()
+        self._pinned, self._close_unpinned = self._places.here(), False
+        try:
+            yield opened
+        finally:
+            self._pinned = None
+            if self._close_unpinned:
+                await self.close()
+
+    def here(self) -> AsyncEngine | None:
+        """Return the engine of the running loop, or else the one that was opened last."""
+        opened = self.latest
+        if opened is not None and asyncio._get_running_loop() is not None:
+            opened = self._places.here().opened or opened
+        return opened.engine if opened is not None else self.put_by_hand
+
+    @property
+    def session_maker(self) -> SessionMaker | None:
+        """What was put here by hand, or else the sessionmaker of the engine opened last."""
+        made = self.latest.session_maker if self.latest is not None else None
+        return self.session_maker_put_by_hand or made
+
+    @session_maker.setter
+    def session_maker(self, session_maker: SessionMaker | None) -> None:
+        self.session_maker_put_by_hand = None
+        # A test that has patched it puts back what was there, which belongs to its event loop.
+        if session_maker is not self.session_maker:
+            self.session_maker_put_by_hand = session_maker
+
+    async def make_engine(self, host: str | None) -> AsyncEngine:
+        """Make an engine that belongs to the caller."""
+        if host is not None:
+            _check_host(host)
+        elif self.needs_host:
+            raise ValueError("host is not set")
+        made = self._engine_creator(host)  # type: ignore[arg-type]  # None: the URL's
+        return _check_engine(await _result_of(made))
+
+    def _get_pinned(self, place: _Place) -> Opened:
+        if place is not self._pinned or place.opened is None:
+            raise RuntimeError(
+                "The transaction of this test was opened on another event loop than the one on "
+                "which a session is asked for. With pytest-asyncio, let the fixture have the loop "
+                "of the test (asyncio_default_fixture_loop_scope). With Starlette's TestClient, "
+                "use the fixture shared_client."
+            )
+        return place.opened
+
+    async def _close(self, engines: list[AsyncEngine]) -> None:
+        closing = [asyncio.create_task(close_engine(engine)) for engine in engines]
+        loop = asyncio.get_running_loop()
+        retiring = [task for task in self._retiring if task.get_loop() is loop]
+        if tasks := [*closing, *retiring]:
+            await asyncio.wait(tasks)
+        for task in closing:
+            task.result()
+
+    async def _make(self, host: str | None) -> Opened:
+        engine = await self.make_engine(host)
+        guard(engine)
+        try:
+            session_maker = await self._make_session_maker(engine)
+        except BaseException:
+            self._retire(engine)  # a creator may have used it
+            raise
+        count_connections(engine)
+        return Opened(host, engine, session_maker)
+
+    async def _make_session_maker(self, engine: AsyncEngine) -> SessionMaker:
+        session_maker: Any = await _result_of(self._session_maker_creator(engine))
+        if isinstance(session_maker, sessionmaker) or not callable(session_maker):
+            raise TypeError(
+                "session_maker_creator must return an async_sessionmaker, "
+                f"not {type(session_maker).__name__}"
+            )
+        return session_maker  # type: ignore[no-any-return]  # duck-typed, too
+
+    def _put(self, place: _Place, opened: Opened) -> list[asyncio.Task[None]]:
+        """Put an engine in the place of another one; return the tasks that close the latter."""
+        retired = [place.opened.engine] if place.opened is not None else []
+        if self.put_by_hand is not None:
+            retired.append(self.put_by_hand)
+        place.opened = self.latest = opened
+        self.put_by_hand = self.session_maker_put_by_hand = None
+        # A creator may keep its engines, and return the one in use: its users are counted.
+        return [self._retire(engine) for engine in retired]
+
+    def _retire(self, engine: AsyncEngine) -> asyncio.Task[None]:
+        task = asyncio.create_task(close_engine(engine))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        task.add_done_callback(_log_failure)
+        return task
+
+
+async def close_engine(engine: AsyncEngine) -> None:
+    """Close the connections of an engine: the idle ones now, the others as they come back."""
+    await retire(engine)
+    await finish_closing(engine)
+
+
+def _log_failure(closing: asyncio.Task[None] | Future[None]) -> None:
+    if not closing.cancelled() and (error := closing.exception()) is not None:
+        logger.warning("An engine that is not used any more failed to close", exc_info=error)
+
+
+async def _wait_a_moment(retiring: list[asyncio.Task[None]]) -> None:
+    # Its connections are closed when this returns, unless the server is silent.
+    if retiring:
+        await asyncio.wait(retiring, timeout=_MOMENT)
+
+
+async def _result_of(made: Awaitable[T] | T) -> T:
+    return await made if inspect.isawaitable(made) else made
+
+
+def _check_engine(engine: Any) -> AsyncEngine:
+    if isinstance(engine, Engine) or not hasattr(engine, "dispose"):
+        raise TypeError(
+            f"engine_creator must return an AsyncEngine, not {type(engine).__name__}: "
+            "make it with create_async_engine()"
+        )
+    return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuse what cannot be called, before it is called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
+
+
+def _check_host(host: str) -> None:
+    if not host:
+        raise ValueError("host must not be empty")

@@ -1,0 +1,185 @@
+"""An engine, and a sessionmaker for it, from a database URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, Unpack, cast
+
+from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, QueuePool, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from context_async_sqlalchemy._engine.libpq import translate_libpq_url
+from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
+from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
+from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
+
+# SQLAlchemy takes any number. -1 means "no limit" to max_overflow, and "never" to pool_recycle.
+_MINIMUM = {"pool_size": 0, "max_overflow": -1, "pool_timeout": 0, "pool_recycle": -1}
+
+
+class Creators(NamedTuple, Generic[SessionT]):
+    """What `DBConnect` takes.
+
+    Attributes:
+        engine: Makes the engine for a host; None is the host of the URL.
+        session_maker: Makes the sessionmaker for an engine.
+        host: The host of the URL, if it has one.
+    """
+
+    engine: Callable[[str | None], AsyncEngine]
+    session_maker: Callable[[AsyncEngine], async_sessionmaker[SessionT]]
+    host: str | None
+
+
+def creators_from_url(
+    url: str | URL, password: str | None, options: URLOptions[SessionT]
+) -> Creators[SessionT]:
+    """Make the creators that `DBConnect.from_url` describes, and try them; opens nothing."""
+    database = parse_url(url, password)
+    session_options: dict[str, Any] = {
+        "expire_on_commit": False,
+        **(options.pop("session_options", None) or {}),
+    }
+    ping_after_idle = options.pop("ping_after_idle", 1.0)
+    idle_timeout, min_idle = options.pop("idle_timeout", None), options.pop("min_idle", 0)
+    # What is left, and what nobody knows, which `create_engine` refuses.
+    engine_options = cast("EngineOptions", options)
+    if idle_timeout is not None:
+        _check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
+        engine_options.setdefault("pool_use_lifo", True)
+    elif min_idle:
+        raise ValueError("min_idle needs an idle_timeout")
+
+    def make_engine(host: str | None) -> AsyncEngine:
+        engine = create_engine(
+            set_host(database, host), ping_after_idle=ping_after_idle, **engine_options.copy()
+        )
+        if idle_timeout is not None:
+            close_idle_connections(engine, idle_timeout, min_idle)
+        return engine
+
+    def make_session_maker(engine: AsyncEngine) -> async_sessionmaker[SessionT]:
+        return async_sessionmaker(engine, **session_options)
+
+    # An error is raised now, not when the first session is made.
+    make_session_maker(make_engine(database.host))()
+    return Creators(make_engine, make_session_maker, database.host)
+
+
+def create_engine(
+    url: URL, *, ping_after_idle: float = 1.0, **options: Unpack[EngineOptions]
+) -> AsyncEngine:
+    """Make an engine that behaves as its database's documentation says; opens no connection.
+
+    PostgreSQL with asyncpg: the query may have the parameters of libpq that are in the URLs of
+    hosted databases: `sslmode`, `sslrootcert`, `options`, `application_name`, `connect_timeout`,
+    and so on. `channel_binding` is dropped, even `require`: asyncpg has none. Only
+    `sslmode=verify-full` verifies the server then.
+
+    SQLite: BEGIN is sent before the first statement, so that savepoints, reads and DDL belong to
+    the transaction; foreign keys are enforced; a writer waits up to 5 seconds for another one. A
+    transaction that reads before it writes cannot wait, unless it begins with the lock:
+    `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory has one connection: one
+    session at a time uses it, the others wait, and `pool_size`, `max_overflow` and `pool_recycle`
+    do not apply.
+
+    Args:
+        url: As `parse_url` returns it.
+        ping_after_idle: With `pool_pre_ping=True`, ping a connection only if it was idle for longer
+            than this, in seconds. Default 1.
+        **options: Of `sqlalchemy.create_engine()`, with its defaults; see `EngineOptions`.
+            `connect_args`, and each of its `server_settings`, win over the URL.
+
+    Raises:
+        TypeError: If there is no such option.
+        ValueError: If an option is invalid, or asyncpg does not support what is in the URL.
+    """
+    _check(ping_after_idle, options)
+    has_ping = options.pop("pool_pre_ping", False)
+    dialect = url.get_dialect()
+    if dialect.driver == "asyncpg":
+        url, arguments = translate_libpq_url(url)
+        options["connect_args"] = _merge(arguments, options.get("connect_args", {}))
+    if dialect.name == "sqlite":
+        engine = _create_sqlite_engine(url, options)
+    else:
+        engine = _create_async_engine(url, **options)
+    if has_ping:
+        ping_idle_connections(engine.sync_engine, ping_after_idle)
+    return engine
+
+
+def _check_idle_options(
+    url: URL, idle_timeout: float, min_idle: int, poolclass: type[Pool] | None
+) -> None:
+    """Check the options of `close_idle_connections`.
+
+    Raises:
+        ValueError: If one is invalid, or of no use for this database and pool.
+    """
+    if idle_timeout <= 0:
+        raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
+    if min_idle < 0:
+        raise ValueError(f"min_idle must be at least 0, not {min_idle}")
+    if poolclass is not None and not issubclass(poolclass, QueuePool):
+        raise ValueError(f"idle_timeout is of no use with {poolclass.__name__}")
+    if is_in_memory(url):
+        raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")
+
+
+def _check(ping_after_idle: float, options: EngineOptions) -> None:
+    if unknown := options.keys() - EngineOptions.__optional_keys__:
+        raise TypeError(f"there is no engine option {', '.join(map(repr, sorted(unknown)))}")
+    for name, minimum in _MINIMUM.items():
+        value: Any = options.get(name, minimum)
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        if not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}, not {value}")
+    if not ping_after_idle > 0:
+        raise ValueError(f"ping_after_idle must be more than 0 seconds, not {ping_after_idle}")
+
+
+def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = arguments | given
+    if "server_settings" in arguments:
+        settings = given.get("server_settings") or {}
+        merged["server_settings"] = arguments["server_settings"] | settings
+    return merged
+
+
+def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEngine:
+    # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
+    return sqlalchemy_asyncio.create_async_engine(url, **options)
+
+
+def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
+    if "autocommit" in options.get("connect_args", {}):
+        raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
+    if is_in_memory(url) and "poolclass" not in options:
+        # SQLAlchemy would give one connection, and its transaction, to all sessions at a time: the
+        # rollback of one would undo what another has written.
+        options["poolclass"] = AsyncAdaptedQueuePool
+        options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
+    engine = _create_async_engine(url, **options)
+    event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
+    event.listen(engine.sync_engine, "begin", _begin)
+    return engine
+
+
+def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    # The driver would begin only before INSERT, UPDATE or DELETE: neither a savepoint nor DDL
+    # before it would be part of the transaction. SQLAlchemy's page also tells to set this attribute
+    # to None, but that means AUTOCOMMIT to SQLAlchemy; having begun already, the driver does not.
+    driver: Any = connection.connection.dbapi_connection
+    if driver.isolation_level is not None:
+        connection.exec_driver_sql(f"BEGIN {driver.isolation_level}")

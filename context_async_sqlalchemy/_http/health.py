@@ -1,0 +1,87 @@
+"""An endpoint that reports whether the database answers, and how full the pool is."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from context_async_sqlalchemy._engine.border import password_of
+from context_async_sqlalchemy._engine.engines import close_engine
+from context_async_sqlalchemy._engine.guard import guard
+from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.shield import result_within, run_to_completion
+from context_async_sqlalchemy.connect import DBConnect
+
+
+def database_health(
+    connect: DBConnect,
+    timeout: float = 2.0,
+) -> Callable[[Request], Awaitable[JSONResponse]]:
+    """Make an endpoint for health probes.
+
+        Route("/health", database_health(connect))
+        app.add_api_route("/health", database_health(connect))
+
+    It responds 200 if the database answers, otherwise 503, with `healthy` and the counts of
+    `pool_status` as `pool`. It opens and closes its own connection each time, so it reports a full
+    pool instead of waiting for it. An in-memory SQLite database always answers.
+
+    The reason a database is not healthy is logged, without the password; the response omits it.
+
+    Args:
+        connect: The database.
+        timeout: How long the database may take to answer, in seconds. Default 2.
+
+    Raises:
+        ValueError: If `timeout` is not more than 0.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
+
+    async def health(_: Request) -> JSONResponse:
+        healthy = await _is_healthy(connect, timeout)
+        return JSONResponse(
+            {"healthy": healthy, "pool": asdict(connect.pool_status())},
+            status_code=200 if healthy else 503,
+            headers={"Cache-Control": "no-store"},
+        )
+
+    return health
+
+
+async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
+    try:
+        return await result_within(seconds, _ask(connect))
+    except TimeoutError:
+        logger.warning(
+            "The database of %r is not healthy: no answer within %s seconds", connect, seconds
+        )
+        return False
+
+
+async def _ask(connect: DBConnect) -> bool:
+    engine: AsyncEngine | None = None
+    try:
+        # Runs the connect's handler, which may choose the host.
+        await connect.session_maker()
+        engine = await connect.create_engine()
+        guard(engine)  # a creator may return one that is in use
+        try:
+            async with engine.connect() as connection:
+                await connection.execute(select(1))
+        finally:
+            await run_to_completion(close_engine(engine))
+    except Exception as error:
+        logger.warning(
+            "The database of %r is not healthy: %s: %s",
+            connect,
+            type(error).__name__,
+            hide_password(str(error), password_of(engine or connect.engine)),
+        )
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""The ASGI middleware: a context for each request, committed before the response starts."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from typing import TypedDict
+
+from context_async_sqlalchemy._http.replay import Replay
+from context_async_sqlalchemy._http.send import SettlingSend
+from context_async_sqlalchemy._unit.context import (
+    DBSessionContext,
+    is_test_context,
+    open_context,
+)
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback,
+    abandon,
+    finish,
+    is_success,
+)
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
+
+_SCOPE_KEY = "context_async_sqlalchemy"
+
+
+class ASGIHTTPDBSessionMiddleware:
+    """Give each HTTP request a context, and settle it before the response starts.
+
+    The transaction is committed before `http.response.start` is forwarded, or rolled back,
+    depending on the status. What the application does after that (a streamed body, a background
+    task) is committed before the last part of the body is forwarded, and when it returns. If the
+    application raises, or returns before its response is complete, what is open is rolled back.
+    Every session is closed in the end.
+
+    WebSockets get no context: they have no moment of success. Open one for each message, with
+    `new_db_session_ctx`.
+
+    With `attempts`, a request that fails with a transient error (`is_transient_error`) before
+    anything was sent is rolled back, and the application called again with the same scope and body,
+    after a pause that `stamina` chooses (install the extra "retry"). This holds even if an
+    exception handler of the application answers the error (from within `except`, as in Starlette):
+    only the answer to the last attempt is sent. A request is not repeated if its body is larger
+    than `replay_body_limit`, if its client has left, or if a part of its work is committed or may
+    be.
+
+    Args:
+        app: The ASGI application.
+        before_commit: Called with each session that is about to be committed. Default None.
+        commit_on: Decides by the status of the response whether to commit. Default: below 400.
+        attempts: How often to call the application for a request at most. Default 1.
+        replay_body_limit: How many bytes of a request's body to keep for another attempt. Default
+            1 MiB.
+
+    Raises:
+        ImportError: If `attempts` is more than 1 and stamina is not installed.
+        TypeError: If `before_commit` or `commit_on` is not callable, or a number is none.
+        ValueError: If `attempts` is less than 1, or `replay_body_limit` less than 0.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None = None,
+        commit_on: Callable[[int], bool] = is_success,
+        attempts: int = 1,
+        replay_body_limit: int = 1024 * 1024,
+    ) -> None:
+        if not (before_commit is None or callable(before_commit)):
+            raise TypeError("before_commit must be a function that takes a session")
+        if not callable(commit_on) or inspect.iscoroutinefunction(commit_on):
+            raise TypeError("commit_on must be a function that takes a status and returns a bool")
+        if replay_body_limit < 0:
+            raise ValueError(f"replay_body_limit must be at least 0, not {replay_body_limit}")
+        self.app = app
+        self.before_commit = before_commit
+        self.commit_on = commit_on
+        self._replay = Replay(self, attempts, replay_body_limit) if attempts != 1 else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or has_context(scope):
+            await self.app(scope, receive, send)
+        elif self._replay is None:
+            await self.serve(self.app, scope, receive, send)
+        else:
+            await self._replay(scope, receive, send)
+
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application for a request, in a context of its own."""
+        context = open_request_context(scope)
+        settling = SettlingSend(context, send, self.app, self.before_commit, self.commit_on)
+        try:
+            try:
+                await app(scope, receive, settling)
+            except Exception:
+                if settling.failure is None or settling.started:
+                    raise
+            if settling.failure is not None and not settling.started:
+                # What became of it inside does not matter: the application took it for a success.
+                await self.respond_to_failure(settling.failure, scope, receive, settling)
+        except BaseException as error:
+            await abandon(context, error)
+            raise
+        else:
+            commit = settling.succeeded()
+            await finish(context, commit=commit, before_commit=self.before_commit)
+
+    async def respond_to_failure(
+        self, failure: Exception, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request whose commit failed with `failure`. This class raises it."""
+        raise failure
+
+
+class MiddlewareOptions(TypedDict, total=False):
+    """The options of `ASGIHTTPDBSessionMiddleware`, without `app` and `before_commit`."""
+
+    commit_on: Callable[[int], bool]
+    attempts: int
+    replay_body_limit: int
+
+
+def has_context(scope: Scope) -> bool:
+    """Return whether a request takes part in a context that is open already.
+
+    It does if an outer middleware opened the context for the same request, or a test did. A context
+    that is merely inherited is another client's: uvicorn starts a pipelined request from inside the
+    task of the one before it.
+    """
+    context = scope.get(_SCOPE_KEY)
+    return (context is not None and not context.closed) or is_test_context()
+
+
+def open_request_context(scope: Scope) -> DBSessionContext:
+    """Open a context for the request with this ASGI scope, and mark the scope as having one."""
+    context = scope[_SCOPE_KEY] = open_context()
+    context.loop = asyncio.get_running_loop()
+    # Not the scope: it refers to the context, and would make a reference cycle with it.
+    context.request = scope.get("method", ""), scope.get("path", "")
+    return context

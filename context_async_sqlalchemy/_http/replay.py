@@ -1,0 +1,276 @@
+"""A request is given to the application again after a transient error."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
+from context_async_sqlalchemy._unit.on_commit import watch_commits
+from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
+
+_ENDS_THE_TASK = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+
+
+class Replay:
+    """Lets a middleware serve a request until an attempt does not fail, or may not be repeated.
+
+    Args:
+        middleware: The middleware.
+        attempts: How often to call its application for a request at most.
+        body_limit: How many bytes of a request's body to keep for another attempt.
+    """
+
+    def __init__(
+        self, middleware: ASGIHTTPDBSessionMiddleware, attempts: int, body_limit: int
+    ) -> None:
+        self._middleware = middleware
+        self._retrying = Retrying(attempts)
+        self._body_limit = body_limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        middleware = self._middleware
+        request = _ReplayableRequest(scope, receive, self._body_limit)
+        attempt = _Attempt(middleware.app, send, middleware.commit_on)
+        try:
+            await self._try(attempt, request, scope)
+        except Exception:
+            if attempt.failure is None or attempt.sent:
+                raise
+            if not attempt.held:
+                await middleware.respond_to_failure(attempt.failure, scope, receive, send)
+            for message in attempt.held:
+                await send(message)
+        finally:
+            await request.close()
+
+    async def _try(self, attempt: _Attempt, request: _ReplayableRequest, scope: Scope) -> None:
+        middleware = self._middleware
+        failure: Exception | None = None
+        outer = sys.exception()  # being handled by the code that calls this application
+
+        def is_repeatable(error: Exception) -> bool:
+            if error is outer or not attempt.may_be_repeated(error):
+                return False
+            if request.obstacle is not None:
+                error.add_note(f"Not tried again: {request.obstacle}.")
+            return request.obstacle is None
+
+        async for trial in self._retrying(is_repeatable, type(middleware).__name__):
+            with trial:
+                if failure is not None:
+                    if await request.has_ended():
+                        raise failure
+                    request.rewind()
+                is_last = trial.num == self._retrying.attempts
+                attempt.begin(None if is_last else is_repeatable)
+                try:
+                    await middleware.serve(attempt, scope, request.receive, attempt.send)
+                except _NotAnswered:
+                    failure = attempt.failure
+                except Exception as error:
+                    failure = error
+                else:
+                    failure = None
+                if failure is not None:
+                    raise failure
+
+
+class _Attempt:
+    """The application, in an attempt to answer a request.
+
+    The answer to a transient error is held: it is sent only if the request is not tried again.
+
+    Attributes:
+        sent: Whether anything was sent.
+        failure: The transient error because of which nothing was.
+        held: The answer to it, if the application has one.
+    """
+
+    def __init__(self, app: ASGIApp, send: Send, commit_on: Callable[[int], bool]) -> None:
+        self.sent = False
+        self.failure: Exception | None = None
+        self.held: list[Message] = []
+        self._app = app
+        self._send = send
+        self._settling: Send = send
+        self._commit_on = commit_on
+        self._is_repeatable: Callable[[Exception], bool] | None = None
+        self._context: DBSessionContext | None = None
+
+    def begin(self, is_repeatable: Callable[[Exception], bool] | None) -> None:
+        """Begin another attempt; `is_repeatable` is None in the last one."""
+        self.failure = None
+        self.held = []
+        self._is_repeatable = is_repeatable
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._context = current_context()
+        watch_commits(self._context)
+        self._settling = send
+        try:
+            await self._app(scope, receive, self._answer)
+        except BaseException as error:
+            if self.failure is None or self.sent or isinstance(error, _ENDS_THE_TASK):
+                raise
+        if self.failure is not None and not self.sent:
+            raise _NotAnswered  # which rolls back
+
+    async def send(self, message: Message) -> None:
+        """Pass on a message to the server."""
+        self.sent = True
+        await self._send(message)
+
+    def may_be_repeated(self, error: Exception) -> bool:
+        """Return whether the work of this attempt, which failed with `error`, may be done again."""
+        return not self.sent and self._context is not None and may_be_repeated(error, self._context)
+
+    async def _answer(self, message: Message) -> None:
+        if self.held:
+            self.held.append(message)
+            if not message.get("more_body", False):
+                # Not an Exception, which the application might catch: it must not go on after an
+                # answer that is not sent.
+                raise _NotAnswered
+            return
+        if self._is_repeatable is None or message["type"] != "http.response.start":
+            await self._settling(message)
+            return
+        # An exception handler, such as Starlette's, answers from within `except`.
+        answered = sys.exception()
+        if (
+            isinstance(answered, Exception)
+            and not self._commit_on(message["status"])
+            and self._is_repeatable(answered)
+        ):
+            self.failure = answered
+            self.held.append(message)
+            return
+        try:
+            await self._settling(message)
+        except Exception as error:
+            if not self.sent and self._is_repeatable(error):
+                self.failure = error
+            raise
+
+
+class _NotAnswered(BaseException):
+    """Ends an attempt whose answer is not sent."""
+
+
+class _ReplayableRequest:
+    """A request that keeps its scope and its body, to begin again with.
+
+    Args:
+        scope: Its ASGI scope.
+        receive: The server's `receive`.
+        body_limit: How many bytes of its body to keep.
+
+    Attributes:
+        obstacle: Why it cannot be given to the application again; None if it can.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, body_limit: int) -> None:
+        self.obstacle: str | None = None
+        self._scope = scope
+        self._items = dict(scope)
+        self._contents = {key: _copy(value) for key, value in scope.items() if _is_mutable(value)}
+        self._receive = receive
+        self._body_limit = body_limit
+        self._size = 0
+        self._is_complete = False
+        self._messages: list[Message] = []
+        self._read = 0
+        self._receiving: asyncio.Task[Message] | None = None
+
+    async def receive(self) -> Message:
+        """Return the next message; after `rewind`, the kept messages come first."""
+        if self._read == len(self._messages):
+            return await self._receive_next()
+        self._read += 1
+        return dict(self._messages[self._read - 1])
+
+    async def has_ended(self) -> bool:
+        """Return whether there is an obstacle; look first whether the client has left."""
+        while self.obstacle is None:
+            was_complete = self._is_complete
+            if self._receiving is None:
+                self._receiving = asyncio.ensure_future(self._receive())
+            # It is not cancelled: a chunk of the body, which it is about to return, would be lost.
+            await asyncio.wait([self._receiving], timeout=_MOMENT)
+            if not self._receiving.done():
+                break
+            try:
+                await self._receive_next()
+            except Exception as error:
+                self.obstacle = f"its body cannot be read ({type(error).__name__})"
+            if was_complete:  # and yet the server has more to say: it is no disconnect
+                break
+        return self.obstacle is not None
+
+    def rewind(self) -> None:
+        """Let the application begin again, with the scope and the body as they came."""
+        self._read = 0
+        # In place: an outer middleware may hold the scope, or the state in it, and look there for
+        # what the application has put.
+        self._scope.clear()
+        self._scope.update(self._items)
+        for key, content in self._contents.items():
+            value = self._scope[key]
+            value.clear()
+            if isinstance(content, dict):
+                value.update(content)
+            else:
+                value.extend(content)
+
+    async def close(self) -> None:
+        """Leave no task."""
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.wait([self._receiving])
+
+    async def _receive_next(self) -> Message:
+        try:
+            message = await self._next_message()
+        except asyncio.CancelledError:
+            if not self._is_complete:
+                self.obstacle = "the application has cancelled the reading of its body"
+            raise
+        if message["type"] == "http.disconnect":
+            self.obstacle = "the client has left"
+        elif message["type"] == "http.request":
+            self._is_complete = not message.get("more_body", False)
+            self._size += len(message.get("body", b""))
+            if self._size > self._body_limit:
+                self.obstacle = f"its body is larger than {self._body_limit} bytes"
+                self._messages.clear()
+                self._read = 0
+            else:
+                self._messages.append(dict(message))
+                self._read += 1
+        return message
+
+    async def _next_message(self) -> Message:
+        if self._receiving is None:
+            return await self._receive()
+        await asyncio.wait([self._receiving])
+        receiving, self._receiving = self._receiving, None
+        return receiving.result()
+
+
+_MOMENT = 0.001
+"""How many seconds a server has to say that the client has left."""
+
+
+def _copy(value: dict[Any, Any] | list[Any]) -> dict[Any, Any] | list[Any]:
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _is_mutable(value: object) -> bool:
+    return isinstance(value, dict | list)

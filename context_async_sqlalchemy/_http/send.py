@@ -1,0 +1,92 @@
+"""The `send` of a request, which settles its context before the response starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.release import is_in_use, wait_until_idle
+from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, settle
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Send
+
+
+class SettlingSend:
+    """The `send` that the application gets instead of the server's.
+
+    Args:
+        context: The context of the request.
+        send: The server's `send`.
+        app: The application.
+        before_commit: Called with each session that is about to be committed.
+        commit_on: Decides by the status of the response whether to commit.
+
+    Attributes:
+        started: Whether a response has started.
+        completed: Whether the last part of its body was sent.
+        commit: Whether the status of the response asks for a commit.
+        failure: The error that kept a response from starting.
+    """
+
+    def __init__(
+        self,
+        context: DBSessionContext,
+        send: Send,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None,
+        commit_on: Callable[[int], bool],
+    ) -> None:
+        self.context = context
+        self.send = send
+        self.app = app
+        self.before_commit = before_commit
+        self.commit_on = commit_on
+        self.started = False
+        self.completed = False
+        self.commit = False
+        self.failure: Exception | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.commit = self.commit_on(message["status"])
+            if self.context.used:
+                try:
+                    await self._settle(self.commit)
+                except Exception as error:
+                    self.failure = error
+                    raise
+            self.started = True
+        elif self.started and not message.get("more_body", False):
+            if self.context.used:
+                # A client that has the whole body must be able to rely on what it says.
+                await self._settle(True)
+            self.completed = True
+        await self.send(message)
+
+    def succeeded(self) -> bool:
+        """Return whether to commit what is open when the application has returned."""
+        if self.started and not self.completed and self.context.in_transaction():
+            # Starlette stops the body of a client that hangs up, and returns as if it had ended.
+            logger.warning(
+                "A response was not completed, as when its client hangs up: what was written after "
+                "it had started is rolled back."
+            )
+        return self.completed and (self.commit or not self.context.settles_late)
+
+    async def _settle(self, commit: bool) -> None:
+        if not self.context.settles_late:
+            sessions = self.context.sessions
+            if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
+                await wait_until_idle(sessions)
+            await settle(self.context, commit=commit, before_commit=self.before_commit)
+
+
+def _runs_in_another_task(app: ASGIApp) -> bool:
+    # Inside a BaseHTTPMiddleware of Starlette the application goes on with its body while its
+    # response is started out here. That it may be inside a statement is not a mistake then.
+    inner: object = app
+    while inner is not None:
+        if any(cls.__name__ == "BaseHTTPMiddleware" for cls in type(inner).__mro__):
+            return True
+        inner = getattr(inner, "app", None) or getattr(inner, "middleware_stack", None)
+    return False

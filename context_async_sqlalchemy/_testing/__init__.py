@@ -1,0 +1,1 @@
+"""One transaction that is shared by a test and the application."""

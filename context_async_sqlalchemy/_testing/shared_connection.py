@@ -1,0 +1,257 @@
+"""One connection in one transaction, lent to many, each with its own savepoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.private_names import (
+    await_only,
+    greenlet_spawn,
+    in_greenlet,
+)
+from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._testing.lent_connection import LentConnection
+from context_async_sqlalchemy._testing.turns import Turns
+
+
+class SharedConnection:
+    """A connection in a transaction that is never committed.
+
+    It is lent as `LentConnection`s. Each has a savepoint as its transaction, inside that of the one
+    that had the turn before.
+
+    Args:
+        connection: The connection.
+        timeout: How long to wait for a turn, in seconds.
+
+    Attributes:
+        driver: The connection, as SQLAlchemy adapts it.
+        turns: Which of them has the turn.
+    """
+
+    def __init__(self, connection: AsyncConnection, timeout: float) -> None:
+        self.driver: Any = None
+        self.turns = Turns(timeout)
+        self._info: dict[Any, Any] = {}
+        self._connection = connection
+        self._lock = asyncio.Lock()
+        self._undoing: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._autocommit = False
+        self._is_lost = False
+        self._checks_at_commit = False
+
+    async def begin(self) -> None:
+        """Begin the transaction."""
+        fairy = await self._connection.get_raw_connection()
+        driver: Any = fairy.dbapi_connection
+        dialect = self._connection.dialect
+        is_sqlite = dialect.name == "sqlite"
+        self._autocommit = (
+            driver.isolation_level is None if is_sqlite else getattr(driver, "autocommit", False)
+        )
+        if self._autocommit and not is_sqlite:
+            # Otherwise there would be no transaction to roll back.
+            level = dialect.default_isolation_level
+            await self._connection.execution_options(isolation_level=level)
+        self.driver, self._info = driver, dict(fairy.info)
+        # Other drivers send BEGIN themselves, but not for what bypasses SQLAlchemy, such as COPY.
+        await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else "SELECT 1")
+
+    async def end(self) -> None:
+        """Roll everything back; further use is refused."""
+        self.turns.stop()
+        try:
+            if self._undoing:
+                await asyncio.wait(self._undoing)
+            if self.turns.open:
+                # A task has outlived the test, and may be inside a statement.
+                await self._connection.invalidate()
+            else:
+                await greenlet_spawn(self.driver.rollback)
+        except Exception:
+            logger.exception("The transaction of a test failed to roll back")
+            await self._connection.invalidate()
+
+    # SQLAlchemy calls the rest, inside its greenlet.
+
+    def lend(self, entry: ConnectionPoolEntry) -> LentConnection:
+        """Return a part of the connection; used as the creator of a pool."""
+        entry.info.update(self._info)
+        return LentConnection(self, self._autocommit)
+
+    def enter(self, lent: LentConnection) -> None:
+        """Wait until `lent` may execute a statement; before its first one, set its savepoint."""
+        self._check(lent)
+        if not lent.has_begun:
+            self.turns.wait_to_begin()
+            self._check(lent)
+            self._begin(lent)
+            return
+        self.turns.wait_for(lent)
+        self._check(lent)
+        if lent.autocommit:
+            with self._alone():
+                self._store(lent)
+            self._begin(lent)
+
+    def commit(self, lent: LentConnection) -> None:
+        """Make the work of `lent` part of the enclosing transaction."""
+        if not lent.has_begun:
+            return
+        with self._alone():
+            self._check(lent)
+            # Transactions that began inside it go on.
+            if self.turns.has(lent):
+                self._check_constraints()
+                self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
+            self.turns.end(lent)
+
+    def rollback(self, lent: LentConnection) -> None:
+        """Undo all work since the savepoint of `lent`, including that of those inside it."""
+        if not lent.has_begun:
+            return
+        with self._alone():
+            if lent not in self.turns.open or self.turns.have_ended:
+                lent.has_begun = False
+            elif lent.autocommit:
+                if self.turns.has(lent):
+                    self._store(lent)
+                else:  # as in a commit
+                    self.turns.end(lent)
+            else:
+                self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
+                self.turns.end(lent, and_inside=True)
+
+    def discard(self, lent: LentConnection) -> None:
+        """Undo the work of `lent`, whose task was cancelled, or which was garbage-collected."""
+        if lent not in self.turns.open or self.turns.have_ended or lent.is_discarded:
+            return
+        lent.is_discarded = True
+        task = self._loop.create_task(greenlet_spawn(self._undo, lent))
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+        if in_greenlet():
+            await_only(run_to_completion(_wait_for(task)))
+
+    def has_turn(self, lent: LentConnection) -> bool:
+        """Return whether a statement that the driver is executing belongs to `lent`."""
+        return self.turns.has(lent)
+
+    def execute(self, statement: str) -> Any:
+        """Execute a statement; return its first row, if any."""
+        cursor = self.driver.cursor()
+        try:
+            cursor.execute(statement)
+            return cursor.fetchone() if cursor.description else None
+        finally:
+            cursor.close()
+
+    def _check(self, lent: LentConnection) -> None:
+        if self.turns.have_ended:
+            raise InvalidRequestError(_ENDED)
+        if self._is_lost:
+            raise InvalidRequestError(_LOST)
+        if lent.has_begun and lent not in self.turns.open:
+            raise InvalidRequestError(_UNDONE)
+
+    def _begin(self, lent: LentConnection) -> None:
+        # Take the turn before setting the savepoint, so that no other can begin meanwhile.
+        self.turns.begin(lent)
+        with self._alone():
+            self._check(lent)
+            try:
+                self._set_savepoint(lent)
+            except Exception:
+                self.turns.end(lent)
+                self._is_lost = True
+                raise
+            self._check(lent)
+
+    def _set_savepoint(self, lent: LentConnection) -> None:
+        statement = f"SAVEPOINT {lent.savepoint}"
+        try:
+            # A cancelled SAVEPOINT would abort the enclosing transaction.
+            await_only(run_to_completion(greenlet_spawn(self.execute, statement)))
+        except Exception:
+            if len(self.turns.open) < 2:
+                raise
+            # A statement of the enclosing transaction has failed: it can only be rolled back now.
+            around = self.turns.open[-2]
+            self.execute(f"ROLLBACK TO SAVEPOINT {around.savepoint}")
+            if not around.autocommit:
+                self.turns.open.remove(around)
+            self.execute(statement)
+        if lent.readonly:
+            self.execute("SET TRANSACTION READ ONLY")
+
+    def _store(self, lent: LentConnection) -> None:
+        """Keep the work of a statement in AUTOCOMMIT, unless it failed."""
+        try:
+            self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
+        except Exception:
+            self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
+        self.turns.end(lent)
+
+    def _undo(self, lent: LentConnection) -> None:
+        with self._alone():
+            if lent not in self.turns.open or self.turns.have_ended:
+                return
+            try:
+                self._roll_back_what_was_cancelled(lent)
+            except Exception:
+                self._is_lost = True
+                logger.exception("A savepoint of a test's transaction failed to roll back")
+            finally:
+                self.turns.end(lent, and_inside=True)
+
+    def _roll_back_what_was_cancelled(self, lent: LentConnection) -> None:
+        try:
+            self.execute("SAVEPOINT discard")
+        except Exception:  # a statement has failed
+            self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
+            return
+        # If a RELEASE was cancelled, the savepoint may or may not exist; naming one that does not
+        # exist would abort the enclosing transaction.
+        try:
+            self.execute(f"ROLLBACK TO SAVEPOINT {lent.savepoint}")
+        except Exception:
+            self.execute("ROLLBACK TO SAVEPOINT discard")
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Keep others from setting or ending a savepoint meanwhile."""
+        await_only(self._lock.acquire())
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_constraints(self) -> None:
+        """Let deferred constraints fail now: the COMMIT that would check them never comes."""
+        if not self._checks_at_commit and self._connection.dialect.name == "postgresql":
+            query = "SELECT count(*) FROM pg_constraint WHERE condeferrable"
+            self._checks_at_commit = self.execute(query)[0] > 0
+        if self._checks_at_commit:
+            self.execute("SAVEPOINT constraints")
+            self.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            self.execute("ROLLBACK TO SAVEPOINT constraints")
+
+
+async def _wait_for(task: asyncio.Task[None]) -> None:
+    await asyncio.wait([task])
+
+
+_ENDED = "The transaction of the test has ended: await every task before the end of the test."
+_LOST = (
+    "The connection of the test's transaction was lost, and with it all that the test has written."
+)
+_UNDONE = "The transaction around this one was rolled back, and this one with it."

@@ -1,0 +1,76 @@
+"""One transaction for every connection taken from an engine, rolled back at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, NullPool, Pool, event
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from context_async_sqlalchemy._engine.private_names import replace_pool
+from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._testing.lent_connection import LentConnection
+from context_async_sqlalchemy._testing.shared_connection import SharedConnection
+
+
+@asynccontextmanager
+async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerator[SharedConnection]:  # noqa: ASYNC109
+    """Make every connection taken from `engine` a part of one, rolled back at the end.
+
+    Args:
+        engine: The engine; has another pool meanwhile.
+        timeout: How long to wait for a turn, in seconds.
+
+    Raises:
+        RuntimeError: If a connection of the engine is shared already.
+    """
+    sync_engine = engine.sync_engine
+    if sync_engine.pool in _pools:
+        raise RuntimeError(
+            "a test's transaction is open already on this engine, which another connect has, too: "
+            "one is enough for both"
+        )
+    async with engine.connect() as connection:
+        shared = SharedConnection(connection, timeout)
+        await shared.begin()
+        pool = sync_engine.pool
+        creator: Any = shared.lend  # returns all that SQLAlchemy needs of a DBAPIConnection
+        replace_pool(sync_engine, NullPool(creator, dialect=sync_engine.dialect))
+        _pools.add(sync_engine.pool)
+        event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
+        if sync_engine.dialect.name == "sqlite":
+            event.listen(sync_engine, "before_cursor_execute", _skip_begin, retval=True)
+        try:
+            yield shared
+        finally:
+            replace_pool(sync_engine, pool)
+            event.remove(sync_engine, "begin_twophase", _refuse_two_phases)
+            if sync_engine.dialect.name == "sqlite":
+                event.remove(sync_engine, "before_cursor_execute", _skip_begin)
+            await run_to_completion(shared.end())
+
+
+def _refuse_two_phases(*_: Any) -> None:
+    raise InvalidRequestError(
+        "In a test's transaction there is no commit in two phases: PostgreSQL would store it."
+    )
+
+
+def _skip_begin(
+    connection: Connection, _: Any, statement: str, parameters: Any, *__: Any
+) -> tuple[str, Any]:
+    # SQLAlchemy's page on SQLite recommends setting the driver to AUTOCOMMIT and sending BEGIN
+    # explicitly.
+    lent = connection.connection.dbapi_connection
+    if isinstance(lent, LentConnection) and statement.upper().startswith("BEGIN"):
+        lent.autocommit = False
+        return "SELECT 1", ()
+    return statement, parameters
+
+
+# The pools that lend a connection.
+_pools: WeakSet[Pool] = WeakSet()

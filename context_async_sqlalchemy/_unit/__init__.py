@@ -1,0 +1,1 @@
+"""The unit of work: what a context is, and how it is settled, ended and repeated."""

@@ -1,0 +1,191 @@
+"""A context: the sessions of one unit of work, and the context variable that points at it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy._engine.border import real_session
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
+from context_async_sqlalchemy.exceptions import ContextClosedError, ContextNotInitiatedError
+
+if TYPE_CHECKING:
+    from context_async_sqlalchemy._unit.on_commit import CommitWatch
+
+
+class _Held(NamedTuple):
+    """A session of a context.
+
+    Attributes:
+        given: The session that the user has; in users' tests it may be a mock.
+        session: The session to settle and to close.
+        is_made: Whether `db_session` made it: the context alone owns it.
+    """
+
+    given: AsyncSession
+    session: AsyncSession
+    is_made: bool
+
+
+class DBSessionContext:
+    """The sessions of one unit of work, shared by all its tasks.
+
+    Attributes:
+        by_key: The session that `db_session` returns for each connect, by `context_key`.
+        loop: The event loop that serves the request; None if the context is not a request's.
+        locks: They make the creation of a connect's session single-flight, by `context_key`.
+        is_test: Whether a test opened it, which then also settles it.
+        closed: Whether it has ended.
+        settles_late: Whether a request settles only when the application has returned.
+        commits: Watches its commits, if anything asks about them.
+        used: Whether there may be anything to settle.
+        request: The method and the path of the request, if the context is a request's.
+        token: Restores the context variable; None once the context has ended.
+    """
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, Any] = {}  # a session of the class that the connect makes
+        self.locks: dict[str, asyncio.Lock] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.is_test = False
+        self.closed = False
+        self.settles_late = False
+        self.commits: CommitWatch | None = None
+        self.used = False
+        self.request: tuple[str, str] | None = None
+        self.token: Token[DBSessionContext | None] | None = None
+        # In the order they were made. A session that was closed or replaced by hand stays here:
+        # somebody may still hold it and use it.
+        self._held: list[_Held] = []
+
+    @property
+    def sessions(self) -> list[AsyncSession]:
+        """Every session to settle and to close, in the order they were made."""
+        return [held.session for held in self._held]
+
+    def in_transaction(self) -> list[AsyncSession]:
+        """Return the sessions with an open transaction, in the order they were made."""
+        return [held.session for held in self._held if held.session.in_transaction()]
+
+    def put(self, context_key: str, session: AsyncSession, is_made: bool = False) -> None:
+        """Make `session` the session that `db_session` returns for a connect."""
+        self.used = True
+        self.by_key[context_key] = session
+        if all(held.given is not session for held in self._held):
+            self._held.append(_Held(session, real_session(session), is_made))
+        if self.commits is not None:
+            self.commits.watch(context_key, session)
+
+    def pop(self, context_key: str) -> AsyncSession | None:
+        """Take out the session of a connect; it belongs to the caller then."""
+        session: AsyncSession | None = self.by_key.pop(context_key, None)
+        if session is not None and session not in self.by_key.values():
+            self._held = [held for held in self._held if held.given is not session]
+        return session
+
+    def enter(self) -> None:
+        """Make it the context of this task."""
+        self.token = _context.set(self)
+
+    def leave(self) -> None:
+        """Restore the context variable; a context that is left can be ended by any task."""
+        token, self.token = self.token, None
+        if token is not None:
+            _restore(token)
+
+    async def end(self, with_close: bool = True) -> None:
+        """Restore the context variable, refuse whatever comes later, close every session."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            if _context.get() is not self:
+                await self._end_forgotten()
+        finally:
+            try:
+                self.leave()
+            finally:
+                if self.used:
+                    await self._end_sessions(with_close)
+
+    async def close_made(self) -> None:
+        """Close the sessions that `db_session` made."""
+        await close_sessions([held.session for held in self._held if held.is_made])
+
+    async def _end_sessions(self, with_close: bool) -> None:
+        sessions, self._held = self._held, []
+        self.by_key.clear()
+        if with_close:
+            for held in sessions:
+                if held.is_made:
+                    refuse_further_use(held.session)
+            await close_sessions([held.session for held in sessions])
+        if self.commits is not None:
+            self.commits.stop()
+
+    async def _end_forgotten(self) -> None:
+        inside = next((c for c in contexts_here() if c.token and c.token.old_value is self), None)
+        if inside is None:
+            return
+        logger.error(
+            "A database session context was opened inside another one and never ended; what is "
+            "uncommitted in it is rolled back. End it with 'await reset_db_session_ctx(token)', or "
+            "use 'async with new_db_session_ctx():'."
+        )
+        await inside.end()
+
+
+_context: ContextVar[DBSessionContext | None] = ContextVar("db_session_context", default=None)
+
+
+def open_context() -> DBSessionContext:
+    """Open a context, whatever is open already; `DBSessionContext.end` ends it."""
+    context = DBSessionContext()
+    context.enter()
+    return context
+
+
+def _restore(token: Token[DBSessionContext | None]) -> None:
+    try:
+        _context.reset(token)
+    except ValueError as error:
+        raise RuntimeError(
+            "This database session context was opened in another task (or with another "
+            "contextvars.Context), and has been closed now. Open and end a context in the "
+            "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
+        ) from error
+
+
+def current_context() -> DBSessionContext:
+    """Return the context of this task.
+
+    Raises:
+        ContextNotInitiatedError: If there is none.
+        ContextClosedError: If it has ended.
+    """
+    context = _context.get()
+    if context is None:
+        raise ContextNotInitiatedError
+    if context.closed:
+        raise ContextClosedError
+    return context
+
+
+def contexts_here() -> Iterator[DBSessionContext]:
+    """Yield the context of this task, then the context that it was opened in, and so on."""
+    context = _context.get()
+    while context is not None:
+        yield context
+        outer = context.token.old_value if context.token is not None else None
+        context = outer if isinstance(outer, DBSessionContext) else None
+
+
+def is_test_context() -> bool:
+    """Return whether the context here is open and belongs to a test (`set_test_context`)."""
+    context = _context.get()
+    return context is not None and context.is_test and not context.closed

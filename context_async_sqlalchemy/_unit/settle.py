@@ -1,0 +1,168 @@
+"""How a context is settled, its sessions committed or rolled back, and how a unit of work ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
+from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
+from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
+
+BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
+"""Called with each session about to be committed automatically; may be a plain function."""
+
+AWAITED = "context_async_sqlalchemy.awaited"
+"""In the `info` of a session for whose commit something is waiting."""
+
+
+def is_success(status_code: int) -> bool:
+    """Return whether a request with this status is committed by default: below 400."""
+    return status_code < 400
+
+
+async def finish(
+    context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
+) -> None:
+    """Settle and end a context: every unit of work ends here."""
+    try:
+        if context.used:
+            await settle(context, commit=commit, before_commit=before_commit)
+    finally:
+        await context.end()
+
+
+async def abandon(context: DBSessionContext, error: BaseException) -> None:
+    """Roll back and end a context whose work failed with `error`."""
+    _explain(error)
+    await finish(context, commit=False)
+
+
+async def settle(
+    context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
+) -> None:
+    """Commit or roll back what is open in a context now."""
+    commits = context.commits
+    if commits is None:
+        await _settle(context, commit, before_commit)
+        return
+    is_unsettled = True
+    while is_unsettled:
+        try:
+            with commits.hold():
+                await _settle(context, commit, before_commit)
+            commits.settle(commit)
+        finally:
+            has_run = await commits.run()
+        # A callback may have written through a session that it has kept.
+        is_unsettled = has_run and commit and bool(context.in_transaction())
+
+
+async def commit_session(session: AsyncSession) -> None:
+    """Commit a session.
+
+    Raises:
+        CommitOutcomeUnknownError: If the connection was lost during COMMIT.
+    """
+    try:
+        if AWAITED in session.info:
+            # Cancelled during COMMIT, nobody would know whether to run what waits for it.
+            await run_to_completion(session.commit())
+        else:
+            await session.commit()
+    except DBAPIError as error:
+        if is_outcome_unknown(error):
+            raise CommitOutcomeUnknownError from error
+        raise
+
+
+async def _settle(
+    context: DBSessionContext, commit: bool, before_commit: BeforeCommitCallback | None
+) -> None:
+    sessions = context.in_transaction()
+    if not sessions:
+        return
+    if commit:
+        await _commit(context, sessions, before_commit)
+    else:
+        await rollback_sessions(sessions)
+
+
+async def _commit(
+    context: DBSessionContext,
+    sessions: list[AsyncSession],
+    before_commit: BeforeCommitCallback | None,
+) -> None:
+    committed: list[AsyncSession] = []
+    try:
+        await _flush(sessions)
+        if before_commit is not None:
+            await _call_before_commit(context, before_commit)
+            sessions = context.in_transaction()
+            await _flush(sessions)
+        if len(sessions) > 1:
+            # A cancellation between two commits would leave one database without the other.
+            await run_to_completion(_commit_each(context, committed))
+        else:
+            # Nothing can be torn here: spare the task. If the only COMMIT is cancelled, nobody was
+            # told that it succeeded, and SQLAlchemy discards the connection.
+            await _commit_each(context, committed)
+    except BaseException as error:
+        _explain(error)
+        if committed:
+            names = ", ".join(_name(session) for session in committed)
+            error.add_note(f"Already committed when this happened: {names}")
+        await rollback_sessions(context.in_transaction())
+        raise
+
+
+async def _flush(sessions: list[AsyncSession]) -> None:
+    # What can fail should fail before anything is durable. A single session flushes as it commits.
+    if len(sessions) > 1:
+        for session in sessions:
+            await session.flush()
+
+
+async def _call_before_commit(
+    context: DBSessionContext, before_commit: BeforeCommitCallback
+) -> None:
+    called: list[AsyncSession] = []
+    # Ask the context each time: the callback may open further sessions, or end a transaction.
+    while waiting := [s for s in context.in_transaction() if s not in called]:
+        called.append(waiting[0])
+        result = before_commit(waiting[0])
+        if inspect.isawaitable(result):
+            await result
+
+
+async def _commit_each(context: DBSessionContext, committed: list[AsyncSession]) -> None:
+    # Ask the context each time: the commit of one may open another, or a transaction of its own.
+    while waiting := [s for s in context.in_transaction() if s not in committed]:
+        if is_in_use(waiting[0]):
+            raise InvalidRequestError(_CONCURRENT_USE)
+        await commit_session(waiting[0])
+        committed.append(waiting[0])
+
+
+def _name(session: AsyncSession) -> str:
+    url = getattr(getattr(session, "bind", None), "url", None)
+    return f"{url.host or ''}/{url.database}" if url is not None else repr(session)
+
+
+def _explain(error: BaseException) -> None:
+    if is_concurrent_use(error) and _CONCURRENT_USE not in getattr(error, "__notes__", ()):
+        error.add_note(_CONCURRENT_USE)
+
+
+_CONCURRENT_USE = (
+    "Two tasks use the database session of one context at the same time. Await every task before "
+    "the response starts and before the context ends; for concurrent queries give each a context "
+    "of its own with 'await run_in_new_ctx(f)', or a session with "
+    "'async with new_non_ctx_session(connect):'."
+)
