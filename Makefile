@@ -20,10 +20,11 @@ test: $(VENV)/.test  ## every test; TEST_DATABASE_URL=postgresql://… for anoth
 test-oldest:  ## every test, on the oldest versions that are supported
 	$(MAKE) test VENV=.venv-oldest PIP_OPTIONS="--constraint tests/oldest.txt"
 
-lint: $(VENV)/.lint  ## style and types
+lint: $(VENV)/.lint  ## style, types, and which room imports which
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff format

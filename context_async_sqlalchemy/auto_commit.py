@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._unit.context import current_context
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback as BeforeCommitCallback
-from context_async_sqlalchemy._unit.settle import is_success, settle
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback as BeforeCommitCallback,
+    is_success,
+    settle,
+)
 
 
 async def auto_commit_by_status_code(
@@ -18,8 +21,7 @@ async def auto_commit_by_status_code(
         before_commit: As for `commit_all_sessions`. Default None.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     await settle(current_context(), commit=is_success(status_code), before_commit=before_commit)
 
@@ -34,8 +36,7 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
         before_commit: Called with each session that is about to be committed. Default None.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     await settle(current_context(), commit=True, before_commit=before_commit)
 
@@ -46,8 +47,7 @@ async def rollback_all_sessions() -> None:
     A session that fails to roll back is logged, and its connection discarded.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     await settle(current_context(), commit=False)
 
@@ -58,8 +58,7 @@ async def close_all_sessions() -> None:
     The context stays open: `db_session` makes new sessions.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     context = current_context()
     context.by_key.clear()
@@ -75,7 +74,6 @@ def commit_after_response() -> None:
     rollback. Outside of a request this does nothing.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     current_context().settles_late = True

@@ -35,6 +35,8 @@ class DBConnect(Generic[SessionT_co]):
 
     Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
     event loop that made it; on another loop the connect makes another one. `async with` closes it.
+    What makes an engine raises `TypeError` if a creator returns something that cannot be used, and
+    `ValueError` if there is no host, or an empty one.
 
     Args:
         engine_creator: Called with the host; returns the `AsyncEngine` for it. May be an async
@@ -133,13 +135,7 @@ class DBConnect(Generic[SessionT_co]):
         handler = options.pop("before_create_session_handler", None)
         threshold = options.pop("leak_detection_threshold", None)
         creators = creators_from_url(url, password, options)
-        connect = cls(
-            creators.engine,
-            creators.session_maker,
-            creators.host,
-            handler,
-            leak_detection_threshold=threshold,
-        )
+        connect = cls(*creators, handler, leak_detection_threshold=threshold)
         connect._engines.needs_host = False
         return connect
 
@@ -172,10 +168,6 @@ class DBConnect(Generic[SessionT_co]):
 
         Args:
             host: The host to talk to from now on.
-
-        Raises:
-            TypeError: If a creator returns something that cannot be used.
-            ValueError: If `host` is empty.
         """
         await self._engines.switch(host, anew=True)
 
@@ -186,10 +178,6 @@ class DBConnect(Generic[SessionT_co]):
 
         Args:
             host: The host to talk to from now on.
-
-        Raises:
-            TypeError: If a creator returns something that cannot be used.
-            ValueError: If `host` is empty.
         """
         if host != self.host:
             await self._engines.switch(host, anew=False)
@@ -199,29 +187,15 @@ class DBConnect(Generic[SessionT_co]):
 
         Args:
             host: The host to talk to. Default None: the host of new sessions.
-
-        Raises:
-            TypeError: If the creator returns something that cannot be used.
-            ValueError: If `host` is empty, or there is no host.
         """
         return await self._engines.make_engine(host if host is not None else self.host)
 
     async def create_session(self) -> SessionT_co:
-        """Make a session that belongs to the caller, not to a context.
-
-        Raises:
-            TypeError: If a creator returns something that cannot be used.
-            ValueError: If there is no host.
-        """
+        """Make a session that belongs to the caller, not to a context."""
         return (await self.session_maker())()
 
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
-        """Run the handler, then return the sessionmaker, made on the first call.
-
-        Raises:
-            TypeError: If a creator returns something that cannot be used.
-            ValueError: If there is no host.
-        """
+        """Run the handler, then return the sessionmaker, made on the first call."""
         if self._before_create_session_handler is not None:
             await self._before_create_session_handler(self)
         return self._engines.session_maker_put_by_hand or (await self._engines.get()).session_maker
@@ -251,8 +225,7 @@ class DBConnect(Generic[SessionT_co]):
             delay: The seconds between two attempts. Default 2.
 
         Raises:
-            TypeError: If a creator returns something that cannot be used.
-            ValueError: If there is no host, `attempts` is less than 1, or `delay` less than 0.
+            ValueError: If `attempts` is less than 1, or `delay` less than 0.
             Exception: What the last attempt raised.
         """
         if attempts < 1 or delay < 0:

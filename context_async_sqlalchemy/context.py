@@ -76,8 +76,7 @@ def get_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None
     """Return the context's session for `connect`; None if nothing has asked for it yet.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     session: SessionT | None = current_context().by_key.get(connect.context_key)
     return session
@@ -89,8 +88,7 @@ def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None
     The context settles and closes it, and the session that it replaces, too.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
         TypeError: If it is a sync `Session`.
     """
     if isinstance(session, Session):
@@ -105,7 +103,6 @@ def pop_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None
         The session, or None if there was none.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     return cast("SessionT | None", current_context().pop(connect.context_key))

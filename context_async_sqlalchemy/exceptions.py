@@ -9,45 +9,42 @@ _HINT = (
 )
 
 
-class ContextNotInitiatedError(RuntimeError):
+class _HelpfulError(RuntimeError):
+    message: str
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(self.message if message is None else message)
+
+
+class ContextNotInitiatedError(_HelpfulError):
     """A session was requested where there is no context to hold it."""
 
-    def __init__(
-        self, message: str = f"There is no database session context here. {_HINT}"
-    ) -> None:
-        super().__init__(message)
+    message = f"There is no database session context here. {_HINT}"
 
 
 class ContextClosedError(ContextNotInitiatedError):
     """A session was requested in a context that has ended, such as by a task after its request."""
 
-    def __init__(
-        self, message: str = f"The database session context of this task has ended. {_HINT}"
-    ) -> None:
-        super().__init__(message)
+    message = f"The database session context of this task has ended. {_HINT}"
 
 
-class ContextAlreadyInitiatedError(RuntimeError):
+class ContextAlreadyInitiatedError(_HelpfulError):
     """A context was opened by hand inside another one."""
 
-    def __init__(
-        self,
-        message: str = "There is a database session context already. To open another one inside "
-        "it, use 'async with new_db_session_ctx():' or 'init_db_session_ctx(force=True)'.",
-    ) -> None:
-        super().__init__(message)
+    message = (
+        "There is a database session context already. To open another one inside it, use "
+        "'async with new_db_session_ctx():' or 'init_db_session_ctx(force=True)'."
+    )
 
 
-class CommitOutcomeUnknownError(RuntimeError):
+class CommitOutcomeUnknownError(_HelpfulError):
     """The connection was lost during COMMIT: nobody can know whether it took effect.
 
     The cause is SQLAlchemy's `DBAPIError`, with the driver's error in its `orig`. Before you repeat
     the work, check whether it was done.
     """
 
-    def __init__(
-        self,
-        message: str = "The connection was lost during COMMIT, and the transaction may have been "
-        "committed or not: look before you repeat it.",
-    ) -> None:
-        super().__init__(message)
+    message = (
+        "The connection was lost during COMMIT, and the transaction may have been committed or "
+        "not: look before you repeat it."
+    )

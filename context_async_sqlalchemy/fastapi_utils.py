@@ -14,8 +14,6 @@ from context_async_sqlalchemy.starlette_utils import (
     add_starlette_http_db_session_middleware,
     database_health,
     database_lifespan,
-)
-from context_async_sqlalchemy.starlette_utils import (
     starlette_http_db_session_middleware as fastapi_http_db_session_middleware,
 )
 

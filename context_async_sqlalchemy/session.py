@@ -8,22 +8,14 @@ from contextlib import asynccontextmanager
 from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.release import close_sessions
-from context_async_sqlalchemy._unit.atomic import CurrentTransaction, atomic_db_session
+from context_async_sqlalchemy._unit.atomic import (
+    CurrentTransaction as CurrentTransaction,
+    atomic_db_session as atomic_db_session,
+)
 from context_async_sqlalchemy._unit.context import current_context
-from context_async_sqlalchemy._unit.sessions import db_session
+from context_async_sqlalchemy._unit.sessions import db_session as db_session
 from context_async_sqlalchemy._unit.settle import commit_session
 from context_async_sqlalchemy.connect import DBConnect
-
-__all__ = [
-    "CurrentTransaction",
-    "atomic_db_session",
-    "close_db_session",
-    "commit_db_session",
-    "db_session",
-    "new_non_ctx_atomic_session",
-    "new_non_ctx_session",
-    "rollback_db_session",
-]
 
 
 async def commit_db_session(connect: DBConnect) -> None:
@@ -31,8 +23,7 @@ async def commit_db_session(connect: DBConnect) -> None:
 
     Raises:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     session = current_context().by_key.get(connect.context_key)
     if session is not None:
@@ -43,8 +34,7 @@ async def rollback_db_session(connect: DBConnect) -> None:
     """Roll back the context's session for `connect` now, if there is one.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     session = current_context().by_key.get(connect.context_key)
     if session is not None:
@@ -58,8 +48,7 @@ async def close_db_session(connect: DBConnect) -> None:
     a new session if it is called again.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     session = current_context().by_key.pop(connect.context_key, None)
     if session is not None:

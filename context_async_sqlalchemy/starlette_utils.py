@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Unpack
 
 from starlette.applications import Starlette
 
-from context_async_sqlalchemy._http.dispatch import starlette_http_db_session_middleware
 from context_async_sqlalchemy._http.errors import add_database_exception_handlers
 from context_async_sqlalchemy._http.health import database_health
-from context_async_sqlalchemy._http.lifespan import database_lifespan
 from context_async_sqlalchemy._http.middleware import MiddlewareOptions
-from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
+from context_async_sqlalchemy._http.starlette import (
+    StarletteHTTPDBSessionMiddleware,
+    starlette_http_db_session_middleware,
+)
 from context_async_sqlalchemy._unit.settle import BeforeCommitCallback
+from context_async_sqlalchemy.connect import DBConnect
 
 __all__ = [
     "StarletteHTTPDBSessionMiddleware",
@@ -37,3 +41,29 @@ def add_starlette_http_db_session_middleware(
         **options: What else `ASGIHTTPDBSessionMiddleware` takes.
     """
     app.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit, **options)
+
+
+def database_lifespan(
+    *connects: DBConnect, wait: bool = False
+) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """Make the lifespan of an application, which closes the connects at its end.
+
+        app = Starlette(lifespan=database_lifespan(connect, wait=True))
+
+    Args:
+        *connects: The databases.
+        wait: Whether to wait until each of them answers, as `DBConnect.wait_until_ready` does by
+            default; the application does not start if one does not. Default False.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            for connect in connects:
+                await stack.enter_async_context(connect)
+            if wait:
+                for connect in connects:
+                    await connect.wait_until_ready()
+            yield
+
+    return lifespan

@@ -21,8 +21,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from sqlalchemy import text
-from websockets.asyncio.client import ClientConnection
-from websockets.asyncio.client import connect as connect_websocket
+from websockets.asyncio.client import ClientConnection, connect as connect_websocket
 
 from examples.demo import connections_out
 from examples.postgres import free_port

@@ -20,8 +20,8 @@ from sqlalchemy.exc import (
     OperationalError,
     PendingRollbackError,
     SAWarning,
+    TimeoutError as PoolTimeoutError,
 )
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,

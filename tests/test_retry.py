@@ -15,8 +15,12 @@ import pytest
 import pytest_asyncio
 import stamina
 from sqlalchemy import URL, insert, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    TimeoutError as PoolTimeoutError,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (

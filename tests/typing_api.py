@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any, assert_type
 
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.ext.asyncio import create_async_engine as create
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine as create,
+)
 
 from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,

@@ -58,12 +58,14 @@ class _StandIn(AsyncSession):
         await self._mock.flush()
 
     async def commit(self) -> None:
+        # A mock says at any time that it is in a transaction: one that was rolled back with a 404
+        # would be committed when the body ends. A fake that tells the truth is settled again.
         await self._mock.commit()
-        self._note_settled()
+        self._is_settled = self._says_in_transaction()
 
     async def rollback(self) -> None:
         await self._mock.rollback()
-        self._note_settled()
+        self._is_settled = self._says_in_transaction()
 
     async def close(self) -> None:
         await self._mock.close()
@@ -79,11 +81,6 @@ class _StandIn(AsyncSession):
         if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
             answer.close()
         return bool(answer)
-
-    def _note_settled(self) -> None:
-        # A mock says at any time that it is in a transaction: one that was rolled back with a 404
-        # would be committed when the body ends. A fake that tells the truth is settled again.
-        self._is_settled = self._says_in_transaction()
 
 
 class _StandInTransaction(AsyncSessionTransaction):

@@ -14,8 +14,8 @@ from sqlalchemy.exc import (
     InterfaceError,
     OperationalError,
     PendingRollbackError,
+    TimeoutError as PoolTimeoutError,
 )
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 
@@ -71,11 +71,7 @@ def is_transient_error(exc: BaseException) -> bool:
 
 
 def transient_kind(exc: BaseException) -> TransientKind | None:
-    """Return why `is_transient_error` says that the same work may succeed; None if it does not.
-
-    Args:
-        exc: What was raised.
-    """
+    """Return why `is_transient_error` says that the same work may succeed; None if it does not."""
     kinds = [kind for kind in map(_kind_of, _related(exc)) if kind is not None]
     return kinds[0] if kinds and not _forbids_repetition(exc) else None
 
@@ -85,9 +81,6 @@ def is_connect_timeout(exc: BaseException) -> bool:
 
     This is not transient: who has waited that long should not wait again. (The `TimeoutError` of a
     statement does not count: the server may still be busy with it.)
-
-    Args:
-        exc: What was raised.
     """
     if isinstance(exc, PoolTimeoutError):
         return True

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
@@ -42,15 +42,7 @@ class _Place:
 
 
 class Engines:
-    """The engines of a connect.
-
-    Attributes:
-        host: The host to talk to; None if none was given yet, or the URL has none.
-        needs_host: Whether the engine_creator needs a host.
-        latest: The engine that was opened last, on any loop; None after `close`.
-        put_by_hand: An engine that somebody else made; it is closed with the others.
-        session_maker_put_by_hand: A sessionmaker that is used until the next engine is made.
-    """
+    """The engines of a connect."""
 
     def __init__(
         self,
@@ -62,11 +54,11 @@ class Engines:
         check_callable("session_maker_creator", session_maker_creator)
         if host is not None:
             _check_host(host)
-        self.host = host
-        self.needs_host = True
-        self.latest: Opened | None = None
-        self.put_by_hand: AsyncEngine | None = None
-        self.session_maker_put_by_hand: SessionMaker | None = None
+        self.host = host  # None if none was given yet, or the URL has none
+        self.needs_host = True  # to make an engine
+        self.latest: Opened | None = None  # on any loop, until `close`
+        self.put_by_hand: AsyncEngine | None = None  # closed with the others
+        self.session_maker_put_by_hand: SessionMaker | None = None  # until an engine is made
         self._engine_creator = engine_creator
         self._session_maker_creator = session_maker_creator
         self._retiring: set[asyncio.Task[None]] = set()
@@ -135,10 +127,7 @@ class Engines:
     async def pin(self) -> AsyncGenerator[Opened]:
         """Keep the engine of the running loop for a block, even if the host changes.
 
-        A `close` in the block takes place at its end.
-
-        Raises:
-            RuntimeError: If one is kept already. In the block, `get` raises it on another loop.
+        A `close` in the block takes place at its end; `get` on another loop raises.
         """
         if self._pinned is not None:
             raise RuntimeError("a test's transaction is open already for this connect")
@@ -154,8 +143,8 @@ class Engines:
     def here(self) -> AsyncEngine | None:
         """Return the engine of the running loop, or else the one that was opened last."""
         opened = self.latest
-        if opened is not None and asyncio._get_running_loop() is not None:
-            opened = self._places.here().opened or opened
+        with suppress(RuntimeError):  # no loop is running
+            opened = opened and (self._places.here().opened or opened)
         return opened.engine if opened is not None else self.put_by_hand
 
     @property

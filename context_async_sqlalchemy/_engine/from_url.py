@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, QueuePool, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -20,24 +20,17 @@ from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_ho
 _MINIMUM = {"pool_size": 0, "max_overflow": -1, "pool_timeout": 0, "pool_recycle": -1}
 
 
-class Creators(NamedTuple, Generic[SessionT]):
-    """What `DBConnect` takes.
-
-    Attributes:
-        engine: Makes the engine for a host; None is the host of the URL.
-        session_maker: Makes the sessionmaker for an engine.
-        host: The host of the URL, if it has one.
-    """
-
-    engine: Callable[[str | None], AsyncEngine]
-    session_maker: Callable[[AsyncEngine], async_sessionmaker[SessionT]]
-    host: str | None
-
-
 def creators_from_url(
     url: str | URL, password: str | None, options: URLOptions[SessionT]
-) -> Creators[SessionT]:
-    """Make the creators that `DBConnect.from_url` describes, and try them; opens nothing."""
+) -> tuple[
+    Callable[[str | None], AsyncEngine],
+    Callable[[AsyncEngine], async_sessionmaker[SessionT]],
+    str | None,
+]:
+    """Return the creators that `DBConnect.from_url` describes, and the URL's host; opens nothing.
+
+    The engine_creator takes None for the host of the URL, which may have none.
+    """
     database = parse_url(url, password)
     session_options: dict[str, Any] = {
         "expire_on_commit": False,
@@ -66,37 +59,13 @@ def creators_from_url(
 
     # An error is raised now, not when the first session is made.
     make_session_maker(make_engine(database.host))()
-    return Creators(make_engine, make_session_maker, database.host)
+    return make_engine, make_session_maker, database.host
 
 
 def create_engine(
     url: URL, *, ping_after_idle: float = 1.0, **options: Unpack[EngineOptions]
 ) -> AsyncEngine:
-    """Make an engine that behaves as its database's documentation says; opens no connection.
-
-    PostgreSQL with asyncpg: the query may have the parameters of libpq that are in the URLs of
-    hosted databases: `sslmode`, `sslrootcert`, `options`, `application_name`, `connect_timeout`,
-    and so on. `channel_binding` is dropped, even `require`: asyncpg has none. Only
-    `sslmode=verify-full` verifies the server then.
-
-    SQLite: BEGIN is sent before the first statement, so that savepoints, reads and DDL belong to
-    the transaction; foreign keys are enforced; a writer waits up to 5 seconds for another one. A
-    transaction that reads before it writes cannot wait, unless it begins with the lock:
-    `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory has one connection: one
-    session at a time uses it, the others wait, and `pool_size`, `max_overflow` and `pool_recycle`
-    do not apply.
-
-    Args:
-        url: As `parse_url` returns it.
-        ping_after_idle: With `pool_pre_ping=True`, ping a connection only if it was idle for longer
-            than this, in seconds. Default 1.
-        **options: Of `sqlalchemy.create_engine()`, with its defaults; see `EngineOptions`.
-            `connect_args`, and each of its `server_settings`, win over the URL.
-
-    Raises:
-        TypeError: If there is no such option.
-        ValueError: If an option is invalid, or asyncpg does not support what is in the URL.
-    """
+    """Make an engine as `DBConnect.from_url` describes it; opens no connection."""
     _check(ping_after_idle, options)
     has_ping = options.pop("pool_pre_ping", False)
     dialect = url.get_dialect()
@@ -115,11 +84,6 @@ def create_engine(
 def _check_idle_options(
     url: URL, idle_timeout: float, min_idle: int, poolclass: type[Pool] | None
 ) -> None:
-    """Check the options of `close_idle_connections`.
-
-    Raises:
-        ValueError: If one is invalid, or of no use for this database and pool.
-    """
     if idle_timeout <= 0:
         raise ValueError(f"idle_timeout must be more than 0 seconds, not {idle_timeout}")
     if min_idle < 0:

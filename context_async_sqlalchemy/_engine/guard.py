@@ -29,11 +29,7 @@ _DURABLE = "context_async_sqlalchemy.durable"
 
 
 class Durable(Protocol):
-    """Work that a COMMIT makes durable.
-
-    Attributes:
-        durable: Whether a part of it is durable, or may be.
-    """
+    """Work of which a part is durable, or may be."""
 
     durable: bool
 
@@ -78,14 +74,10 @@ def _guard_of(engine: Engine) -> _Guard | None:
 
 
 class _Guard:
-    """Watches the connections of one engine, and of its copies.
-
-    Attributes:
-        users: How many use the engine. With none left, a connection that comes back is closed.
-    """
+    """Watches the connections of one engine, and of its copies."""
 
     def __init__(self, engine: Engine) -> None:
-        self.users = 0
+        self.users = 0  # with none left, a connection that comes back is closed
         self._dialect = engine.dialect
         self._do_commit = engine.dialect.do_commit
         self._do_close = engine.dialect.do_close

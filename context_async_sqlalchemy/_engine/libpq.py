@@ -39,16 +39,7 @@ def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
     """Move what asyncpg cannot read in a URL's query into arguments of `asyncpg.connect()`.
 
     `channel_binding` is dropped, even `require`: asyncpg has none. Only `sslmode=verify-full` keeps
-    the password from an impostor then.
-
-    Args:
-        url: A URL of a dialect on asyncpg.
-
-    Returns:
-        The URL without what was moved, and the arguments.
-
-    Raises:
-        ValueError: If asyncpg does not support a key or its value.
+    the password from an impostor then. What asyncpg does not support is a `ValueError`.
     """
     kept: dict[str, str | tuple[str, ...]] = {}
     arguments: dict[str, Any] = {}

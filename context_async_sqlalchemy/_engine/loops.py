@@ -10,11 +10,7 @@ T = TypeVar("T")
 
 
 class PerLoop(Generic[T]):
-    """Objects that belong to an event loop each, made when a loop first asks for its own.
-
-    Args:
-        make: Makes one.
-    """
+    """Objects that belong to an event loop each, made when a loop first asks for its own."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make

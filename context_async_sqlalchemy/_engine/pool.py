@@ -70,26 +70,19 @@ def count_connections(engine: AsyncEngine) -> None:
 
 
 def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -> None:
-    """Close, from now on, the connections of `engine` that were idle for long.
+    """Close, from now on, the connections of `engine` that were idle for `timeout` seconds.
 
-    Args:
-        engine: The engine.
-        timeout: How long a connection may be idle, in seconds.
-        min_idle: How many idle connections to keep all the same: those that were used last.
+    The `min_idle` that were used last are kept all the same.
     """
     idle = _IdleConnections(engine.sync_engine, timeout, min_idle)
     setattr(engine.sync_engine, _IDLE, idle)
 
 
 def ping_idle_connections(engine: Engine, after: float) -> None:
-    """Ping a connection of `engine` when it is taken from the pool after it was idle for long.
+    """Ping a connection when it is taken from the pool after it was idle for `after` seconds.
 
     If it is dead, every connection of the pool that is as old is replaced, as SQLAlchemy's own
     `pool_pre_ping` does, which pings at every checkout and has to be off.
-
-    Args:
-        engine: The engine.
-        after: How long a connection is idle before it is pinged, in seconds.
     """
 
     def note_time(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:

@@ -1,9 +1,8 @@
 """What is private to SQLAlchemy, to drivers and to frameworks, and is used all the same.
 
-Each is a debt: nothing public says it on all the versions that are supported. Seen on SQLAlchemy
-2.0.40 to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22 and FastAPI 0.115.12 to 0.165;
-`tests/engine/test_private_names.py` fails when one goes. `docs/reliability.md` tells users of those
-that are set or replaced.
+Each is a debt: nothing public says it on all versions that are supported. Seen on SQLAlchemy 2.0.40
+to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.165. A test in
+`tests/engine/test_private_names.py` fails when one goes; `docs/reliability.md` tells users of them.
 """
 
 from __future__ import annotations
@@ -19,86 +18,80 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import ConnectionPoolEntry
 
-# How SQLAlchemy's own extensions wait inside a greenlet; its documentation names them nowhere.
-from sqlalchemy.util import await_only as await_only
-from sqlalchemy.util import greenlet_spawn as greenlet_spawn
+# How SQLAlchemy's own extensions wait inside a greenlet; no page of its documentation has them.
+from sqlalchemy.util import await_only as await_only, greenlet_spawn as greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet as in_greenlet
 
-# Read
+# What is read
 
 
 def connections_of(transaction: SessionTransaction) -> list[Connection]:
-    """Return the open connections that a session's transaction has taken.
-
-    The public `connections` is new in SQLAlchemy 2.1.7.
-    """
+    """Return the open connections of a transaction; SQLAlchemy 2.1.7 has a public name for them."""
     connections = {connection for connection, *_ in transaction._connections.values()}
     return [c for c in connections if not (c.closed or c.invalidated)]
 
 
 def has_connections(transaction: SessionTransaction) -> bool:
-    """Return whether a session's transaction has taken a connection, be it closed by now."""
+    """Return whether a transaction has taken a connection, be it closed by now."""
     return bool(transaction._connections)
 
 
 def is_committed(transaction: SessionTransaction) -> bool:
-    """Return whether COMMIT was sent, and the transaction has not ended yet.
-
-    SQLAlchemy accepts no listener for its session at that time.
-    """
+    """Return whether COMMIT was sent and the transaction has not ended, so that none may listen."""
     return transaction._state is SessionTransactionState.COMMITTED
 
 
 def is_changing(transaction: SessionTransaction) -> bool:
-    """Return whether a task is inside of what changes a transaction, such as taking a connection.
-
-    SQLAlchemy's guard against a concurrent use of a session has this, and tells only by an error.
-    """
+    """Return whether a task is taking a connection, or ending the transaction."""
+    # SQLAlchemy refuses a second task then, and has no way to ask before.
     return transaction._current_fn is not None
 
 
 def is_executing(connection: Connection) -> bool:
-    """Return whether a task is inside a statement of `connection`.
-
-    SQLAlchemy's adapters have a lock for drivers that do not queue statements themselves.
-    """
-    lock: asyncio.Lock | None
-    lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+    """Return whether a task is inside a statement of a connection."""
+    lock = lock_of(connection.connection.dbapi_connection)
     return lock is not None and lock.locked()
 
 
-def has_failed_to_begin(driver_connection: object) -> bool:
-    """Return whether asyncpg holds on to a transaction whose BEGIN has failed.
+def lock_of(connection: object) -> asyncio.Lock | None:
+    """Return the lock that SQLAlchemy's adapter of a driver holds during a statement."""
+    # Drivers that queue statements themselves have none.
+    return getattr(connection, "_execute_mutex", None)
 
-    As SERIALIZABLE does on a hot standby. Each later one would be a SAVEPOINT, and fail.
-    """
+
+def has_failed_to_begin(driver_connection: object) -> bool:
+    """Return whether asyncpg holds on to a transaction whose BEGIN has failed."""
+    # As SERIALIZABLE does on a hot standby: each later one would be a SAVEPOINT, and fail.
     return getattr(driver_connection, "_top_xact", None) is not None
 
 
 def max_overflow(pool: QueuePool) -> int:
-    """Return how many connections a pool may open beyond its size; below 0 there is no limit."""
+    """Return how many connections a pool opens beyond its size; below 0, there is no limit."""
     return pool._max_overflow
 
 
-def closing_sends_statements(session: Session) -> bool:
-    """Return whether a listener is called for each object when the session is closed."""
+def closing_calls_listeners(session: Session) -> bool:
+    """Return whether a listener, which may send a statement, is called when a session is closed."""
     return bool(session.dispatch.persistent_to_detached)
 
 
 def ping(dialect: Dialect, connection: DBAPIConnection) -> bool:
-    """Ping as the pool does: with the events, and False for a connection that is lost."""
+    """Ping as the pool does, with its events; return whether there was an answer."""
     return dialect._do_ping_w_event(connection)
 
 
 def fastapi_has_answered(scope: Any) -> bool:
-    """Return whether a dependency that ends now does so after the answer, as since FastAPI 0.118.
-
-    Earlier versions end it before, and reject invalid parameters only after that.
-    """
+    """Return whether a dependency ends after the answer, as since FastAPI 0.118."""
+    # Earlier versions reject invalid parameters only after the dependencies have ended.
     return "fastapi_inner_astack" in scope
 
 
-# Set or replaced
+def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Return the exception handlers of the application of a request, by class and by status."""
+    return scope.get("starlette.exception_handlers", ({}, {}))  # type: ignore[no-any-return]
+
+
+# What is set or replaced
 
 
 def replace_commit_and_close(
@@ -106,11 +99,8 @@ def replace_commit_and_close(
     do_commit: Callable[[Any], None],
     do_close: Callable[[DBAPIConnection], None],
 ) -> None:
-    """Let all engines with this dialect commit, and close their connections, with these.
-
-    The event "commit" would make every statement of the engine slower, and "close" can change
-    nothing.
-    """
+    """Let every engine with this dialect commit, and close its connections, by these functions."""
+    # The event "commit" makes every statement of an engine slower; "close" can change nothing.
     dialect.do_commit = do_commit  # type: ignore[assignment]
     dialect.do_close = do_close  # type: ignore[assignment]
 
@@ -121,15 +111,13 @@ def replace_get_bind(session: Session, get_bind: Callable[..., NoReturn]) -> Non
 
 
 def replace_pool(engine: Engine, pool: Pool) -> None:
-    """Let an engine take its connections from another pool; `Engine.pool` is documented to read."""
+    """Let an engine take its connections from another pool."""
     engine.pool = pool
 
 
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
-    """Take the connection out of its place in the pool, where the next user opens another one.
-
-    `close` would wait, and meanwhile somebody could be given the connection.
-    """
+    """Take the connection out of its place in the pool, where the next user opens another one."""
+    # Closing it waits, and meanwhile nobody may be given it.
     connection = entry.dbapi_connection
     entry.dbapi_connection = None  # type: ignore[misc]  # declared read-only
     return connection
@@ -138,12 +126,10 @@ def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
 def wrap_endpoints(
     routing: ModuleType, wrap: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Any]]
 ) -> None:
-    """Wrap, once, the function by which FastAPI calls an endpoint: `fastapi.routing`'s.
-
-    It exists so that it can be wrapped (for profilers, as FastAPI's source says).
-    """
+    """Wrap, once, the function of `fastapi.routing` that calls the endpoints."""
+    # It exists so that it can be wrapped: for profilers, as FastAPI's source says.
     run = routing.run_endpoint_function
-    if getattr(run, "wrapped_by", None) is not __name__:
+    if getattr(run, "wrapped_by", None) != __name__:
         wrapped = wrap(run)
         wrapped.wrapped_by = __name__  # type: ignore[attr-defined]
         routing.run_endpoint_function = wrapped  # type: ignore[attr-defined]

@@ -88,7 +88,7 @@ def _closes_at_once(session: AsyncSession) -> bool:
         not sync_session.in_transaction()
         and getattr(session.close, "__func__", None) is _CLOSE
         and type(sync_session).close is Session.close
-        and not private_names.closing_sends_statements(sync_session)
+        and not private_names.closing_calls_listeners(sync_session)
     )
 
 

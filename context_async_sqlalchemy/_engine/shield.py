@@ -34,10 +34,7 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
 async def result_within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     """Run `work` in a task of its own; after `seconds`, cancel it and do not wait for its end.
 
-    Drivers take seconds to close a connection to a server that is silent.
-
-    Raises:
-        TimeoutError: If the work has not ended in time.
+    It raises `TimeoutError` then. Drivers take seconds to close a connection to a silent server.
     """
     task = asyncio.create_task(work)
     _running.add(task)

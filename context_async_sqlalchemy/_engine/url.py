@@ -17,22 +17,10 @@ _ASYNC_DRIVERS = {
 
 
 def parse_url(url: str | URL, password: str | None = None) -> URL:
-    """Read a database URL and choose the async driver, where it names none.
+    """Read a database URL, and choose the async driver where it names none.
 
-    Args:
-        url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`) gets
-            asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy. A password in its query is
-            moved to where SQLAlchemy hides it.
-        password: The password, not percent-encoded; wins over the one in the URL. Default None, or
-            empty: use the one in the URL.
-
-    Returns:
-        The URL for `create_engine`.
-
-    Raises:
-        TypeError: If `url` or `password` is of another type.
-        ValueError: If the URL cannot be read, its driver is not async or not known, or there is a
-            password without a user name. No message shows a password.
+    A password in its query is moved to where SQLAlchemy hides it; `password` wins over both. What
+    cannot be used is a `TypeError` or a `ValueError`, whose message shows no password.
     """
     parsed = _hide_password(_choose_driver(_read_url(url)))
     if password is not None and not isinstance(password, str):
@@ -45,11 +33,7 @@ def parse_url(url: str | URL, password: str | None = None) -> URL:
 
 
 def set_host(url: URL, host: str | None) -> URL:
-    """Put another host, or "host:port", into a URL; None leaves it.
-
-    Raises:
-        ValueError: If the database has no host.
-    """
+    """Put another host, or "host:port", into a URL; None leaves it."""
     if host is None or host == url.host:
         return url
     if url.get_backend_name() == "sqlite":

@@ -5,7 +5,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Generic, Unpack
 
@@ -128,28 +128,14 @@ class DBSessionDependency(Generic[SessionT]):
                 "A WebSocket has no moment of success: open a context for each message, with "
                 "'async with new_db_session_ctx():', and call 'await db_session(connect)' in it."
             )
-        connect = self.connect
-        session: AbstractAsyncContextManager[SessionT]
-        # A test settles its own context, and checks the work before it rolls back.
-        if self._manages_transactions or is_test_context():
-            session = _managed_session(connect, connection.scope)
-        else:
-            session = _unmanaged_session(connect, connection.scope)
-        if has_context(connection.scope):
-            async with session as of_request:
-                yield of_request
-        else:
-            async with _request_context(connection.scope, response), session as of_request:
-                yield of_request
-
-
-@asynccontextmanager
-async def _managed_session(connect: DBConnect[SessionT], scope: Scope) -> AsyncGenerator[SessionT]:
-    context = current_context()
-    session: SessionT | None = context.by_key.get(connect.context_key)
-    if session is None:
-        session = await create_session(context, connect, scope.get("endpoint"))
-    yield session
+        scope = connection.scope
+        async with nullcontext() if has_context(scope) else _request_context(scope, response):
+            # A test settles its own context, and checks the work before it rolls back.
+            if self._manages_transactions or is_test_context():
+                yield await create_session(current_context(), self.connect, scope.get("endpoint"))
+            else:
+                async with _unmanaged_session(self.connect, scope) as session:
+                    yield session
 
 
 @asynccontextmanager
@@ -182,16 +168,11 @@ async def _unmanaged_session(
 
 
 class _Request:
-    """A request whose context was opened by a dependency.
-
-    Attributes:
-        context: The context.
-        succeeded: Whether the response is a success; None until the endpoint has returned.
-    """
+    """A request whose context was opened by a dependency."""
 
     def __init__(self, context: DBSessionContext, scope: Scope, response: Response) -> None:
         self.context = context
-        self.succeeded: bool | None = None
+        self.succeeded: bool | None = None  # until the endpoint has returned
         self._scope = scope
         self._response = response
         self._task = asyncio.current_task()

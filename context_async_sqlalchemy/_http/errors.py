@@ -14,6 +14,7 @@ from context_async_sqlalchemy._engine.driver_errors import (
     transient_kind,
 )
 from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.private_names import starlette_handlers
 from context_async_sqlalchemy._http.starlette import call_handler
 
 _CONFLICT = "Another request was first. Send this one again."
@@ -77,7 +78,7 @@ class _Handler:
 
     async def _pass_on(self, connection: HTTPConnection, error: Exception) -> Response:
         """Do what would happen without this handler."""
-        by_class, _ = connection.scope.get("starlette.exception_handlers", ({}, {}))
+        by_class, _ = starlette_handlers(connection.scope)
         for cls in type(error).__mro__:
             handler = by_class.get(cls)
             if handler is not None and handler != self.handle:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING
 
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
@@ -19,13 +20,7 @@ _ENDS_THE_TASK = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
 
 class Replay:
-    """Lets a middleware serve a request until an attempt does not fail, or may not be repeated.
-
-    Args:
-        middleware: The middleware.
-        attempts: How often to call its application for a request at most.
-        body_limit: How many bytes of a request's body to keep for another attempt.
-    """
+    """Lets a middleware serve a request until an attempt does not fail, or may not be repeated."""
 
     def __init__(
         self, middleware: ASGIHTTPDBSessionMiddleware, attempts: int, body_limit: int
@@ -86,17 +81,12 @@ class _Attempt:
     """The application, in an attempt to answer a request.
 
     The answer to a transient error is held: it is sent only if the request is not tried again.
-
-    Attributes:
-        sent: Whether anything was sent.
-        failure: The transient error because of which nothing was.
-        held: The answer to it, if the application has one.
     """
 
     def __init__(self, app: ASGIApp, send: Send, commit_on: Callable[[int], bool]) -> None:
         self.sent = False
-        self.failure: Exception | None = None
-        self.held: list[Message] = []
+        self.failure: Exception | None = None  # transient, and because of it nothing was sent
+        self.held: list[Message] = []  # the answer to it, if the application has one
         self._app = app
         self._send = send
         self._settling: Send = send
@@ -165,22 +155,13 @@ class _NotAnswered(BaseException):
 
 
 class _ReplayableRequest:
-    """A request that keeps its scope and its body, to begin again with.
-
-    Args:
-        scope: Its ASGI scope.
-        receive: The server's `receive`.
-        body_limit: How many bytes of its body to keep.
-
-    Attributes:
-        obstacle: Why it cannot be given to the application again; None if it can.
-    """
+    """A request that keeps its scope and its body, to begin again with."""
 
     def __init__(self, scope: Scope, receive: Receive, body_limit: int) -> None:
-        self.obstacle: str | None = None
+        self.obstacle: str | None = None  # why it cannot be given to the application again
         self._scope = scope
         self._items = dict(scope)
-        self._contents = {key: _copy(value) for key, value in scope.items() if _is_mutable(value)}
+        self._contents = {k: copy(v) for k, v in scope.items() if isinstance(v, dict | list)}
         self._receive = receive
         self._body_limit = body_limit
         self._size = 0
@@ -224,10 +205,7 @@ class _ReplayableRequest:
         for key, content in self._contents.items():
             value = self._scope[key]
             value.clear()
-            if isinstance(content, dict):
-                value.update(content)
-            else:
-                value.extend(content)
+            (value.update if isinstance(content, dict) else value.extend)(content)
 
     async def close(self) -> None:
         """Leave no task."""
@@ -266,11 +244,3 @@ class _ReplayableRequest:
 
 _MOMENT = 0.001
 """How many seconds a server has to say that the client has left."""
-
-
-def _copy(value: dict[Any, Any] | list[Any]) -> dict[Any, Any] | list[Any]:
-    return dict(value) if isinstance(value, dict) else list(value)
-
-
-def _is_mutable(value: object) -> bool:
-    return isinstance(value, dict | list)

@@ -12,21 +12,7 @@ from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Send
 
 
 class SettlingSend:
-    """The `send` that the application gets instead of the server's.
-
-    Args:
-        context: The context of the request.
-        send: The server's `send`.
-        app: The application.
-        before_commit: Called with each session that is about to be committed.
-        commit_on: Decides by the status of the response whether to commit.
-
-    Attributes:
-        started: Whether a response has started.
-        completed: Whether the last part of its body was sent.
-        commit: Whether the status of the response asks for a commit.
-        failure: The error that kept a response from starting.
-    """
+    """The `send` that the application gets instead of the server's."""
 
     def __init__(
         self,
@@ -42,9 +28,9 @@ class SettlingSend:
         self.before_commit = before_commit
         self.commit_on = commit_on
         self.started = False
-        self.completed = False
-        self.commit = False
-        self.failure: Exception | None = None
+        self.completed = False  # the last part of the body was sent
+        self.commit = False  # what the status of the response asks for
+        self.failure: Exception | None = None  # kept a response from starting
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,18 +1,35 @@
-"""The middleware with the exception handlers of a Starlette application."""
+"""The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.private_names import starlette_handlers
+from context_async_sqlalchemy._engine.release import wait_until_idle
+from context_async_sqlalchemy._http.middleware import (
+    ASGIHTTPDBSessionMiddleware,
+    has_context,
+    open_request_context,
+)
+from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback,
+    abandon,
+    finish,
+    is_success,
+    settle,
+)
 
 
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
@@ -27,13 +44,98 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer with the application's exception handler; raise `failure` if it has none."""
-        response = await handle(Request(scope, receive), failure)
+        response = await _handle(Request(scope, receive), failure)
         await response(scope, receive, send)
 
 
-async def handle(request: Request, error: Exception) -> Response:
+async def starlette_http_db_session_middleware(
+    request: Request,
+    call_next: RequestResponseEndpoint,
+    before_commit: BeforeCommitCallback | None = None,
+) -> Response:
+    """Give a request a context, as a dispatch function for `BaseHTTPMiddleware`.
+
+    Prefer `add_starlette_http_db_session_middleware`. `BaseHTTPMiddleware` runs the application in
+    a task of its own and does not say when it ends, so this function promises less: the context
+    ends with the body, a background task gets `ContextClosedError`, and a streamed body that raises
+    cannot be told from one that ends.
+
+    Args:
+        request: The request.
+        call_next: Calls the application.
+        before_commit: Called with each session that is about to be committed. Default None.
+
+    Returns:
+        The response of the application; its context ends with its body.
+    """
+    if has_context(request.scope):
+        return await call_next(request)
+
+    context = open_request_context(request.scope)
+    try:
+        response = await call_next(request)
+        commit = is_success(response.status_code)
+        if not context.settles_late:
+            try:
+                # The application goes on with its body meanwhile, until this function reads it.
+                await wait_until_idle(context.sessions)
+                await settle(context, commit=commit, before_commit=before_commit)
+            except Exception as failure:
+                response = await _handle(request, failure)
+                await finish(context, commit=False)
+                return response
+        commit = commit or not context.settles_late
+        end = partial(finish, context, commit=commit, before_commit=before_commit)
+        if "body_iterator" in vars(response):
+            context.leave()
+            return _EndingResponse(response, end, context)
+        await end()
+    except BaseException as error:
+        await abandon(context, error)
+        raise
+    return response
+
+
+class _EndingResponse(Response):
+    """The response of a request, which ends the context at its own end."""
+
+    def __init__(
+        self, response: Response, end: Callable[[], Awaitable[None]], context: DBSessionContext
+    ) -> None:
+        vars(self).update(vars(response))
+        self._class = type(response)
+        self._end = end
+        self._context = context
+        self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = object.__new__(self._class)
+            vars(response).update(vars(self))
+            await response(scope, receive, send)
+            if self._context.in_transaction():
+                logger.warning(
+                    "Another middleware has replaced the body of a response, and not read it: what "
+                    "is not committed is rolled back."
+                )
+        except BaseException as error:
+            await abandon(self._context, error)
+            raise
+        else:
+            await finish(self._context, commit=False)
+
+    async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
+        # Not in __call__: another middleware may read the body and make another response of it,
+        # which Starlette reads in another task.
+        async for part in body:
+            yield part
+        self._context.enter()
+        await self._end()
+
+
+async def _handle(request: Request, error: Exception) -> Response:
     """Return the answer of the application's exception handler; raise `error` if it has none."""
-    by_class, by_status = request.scope.get("starlette.exception_handlers", ({}, {}))
+    by_class, by_status = starlette_handlers(request.scope)
     handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
     if handler is None:
         handler = next((by_class[cls] for cls in type(error).__mro__ if cls in by_class), None)

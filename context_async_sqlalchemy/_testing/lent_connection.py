@@ -3,90 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from context_async_sqlalchemy._engine.private_names import in_greenlet
+from context_async_sqlalchemy._engine.private_names import in_greenlet, lock_of
 
-
-class Lender(Protocol):
-    """Sets and ends the savepoints on a connection.
-
-    Attributes:
-        driver: The connection, as SQLAlchemy adapts it.
-    """
-
-    driver: Any
-
-    def enter(self, lent: LentConnection) -> None:
-        """Let `lent` execute a statement."""
-
-    def commit(self, lent: LentConnection) -> None:
-        """Keep the work of `lent`."""
-
-    def rollback(self, lent: LentConnection) -> None:
-        """Undo the work of `lent`."""
-
-    def discard(self, lent: LentConnection) -> None:
-        """Undo the work of `lent`, at whatever point its task was."""
-
-    def has_turn(self, lent: LentConnection) -> bool:
-        """Return whether a statement that the driver is executing belongs to `lent`."""
+if TYPE_CHECKING:
+    from context_async_sqlalchemy._testing.shared_connection import SharedConnection
 
 
 class LentConnection:
-    """A part of a connection, with the methods of one (PEP 249).
+    """A part of a connection, with the methods of one (PEP 249)."""
 
-    Args:
-        lender: Has the connection.
-        autocommit: Whether each statement is its own transaction.
-
-    Attributes:
-        depth: How many other savepoints enclose this one.
-        has_begun: Whether its savepoint was set.
-        is_discarded: Whether its savepoint is being undone.
-        readonly: Whether its transaction is read-only.
-    """
-
-    def __init__(self, lender: Lender, autocommit: bool) -> None:
+    def __init__(self, shared: SharedConnection, autocommit: bool) -> None:
         self.autocommit = autocommit
-        self.depth = 0
-        self.has_begun = False
-        self.is_discarded = False
+        self.depth = 0  # how many other savepoints enclose its own
+        self.has_begun = False  # its savepoint was set
+        self.is_discarded = False  # its savepoint is being undone
         self.readonly = False
         self.deferrable = False
-        self._lender = lender
+        self._shared = shared
 
     @property
     def savepoint(self) -> str:
         return f"shared_{self.depth}"
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._lender.driver, name)
+        return getattr(self._shared.driver, name)
 
     @property
     def _execute_mutex(self) -> asyncio.Lock | None:
         # While another session runs a statement, this session is not inside one.
-        is_its_turn = self._lender.has_turn(self)
-        return getattr(self._lender.driver, "_execute_mutex", None) if is_its_turn else None
+        is_its_turn = self._shared.turns.has(self)
+        return lock_of(self._shared.driver) if is_its_turn else None
 
     def cursor(self, *args: Any, **options: Any) -> Any:
-        self._lender.enter(self)
-        return self._lender.driver.cursor(*args, **options)
+        self._shared.enter(self)
+        return self._shared.driver.cursor(*args, **options)
 
     def commit(self) -> None:
-        self._lender.commit(self)
+        self._shared.commit(self)
 
     def rollback(self) -> None:
-        self._lender.rollback(self)
+        self._shared.rollback(self)
 
     def close(self) -> None:
         if in_greenlet():
-            self._lender.rollback(self)
+            self._shared.rollback(self)
         else:
-            self._lender.discard(self)
+            self._shared.discard(self)
 
     def terminate(self) -> None:
-        self._lender.discard(self)
+        self._shared.discard(self)
 
     # How SQLAlchemy sets the properties of a transaction, under the names of asyncpg, psycopg and
     # sqlite3. The shared transaction has begun: a level only matters as AUTOCOMMIT, or not.

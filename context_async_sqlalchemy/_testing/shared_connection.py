@@ -26,19 +26,11 @@ class SharedConnection:
     """A connection in a transaction that is never committed.
 
     It is lent as `LentConnection`s. Each has a savepoint as its transaction, inside that of the one
-    that had the turn before.
-
-    Args:
-        connection: The connection.
-        timeout: How long to wait for a turn, in seconds.
-
-    Attributes:
-        driver: The connection, as SQLAlchemy adapts it.
-        turns: Which of them has the turn.
+    that had the turn before, for which it waits up to `timeout` seconds.
     """
 
     def __init__(self, connection: AsyncConnection, timeout: float) -> None:
-        self.driver: Any = None
+        self.driver: Any = None  # the connection, as SQLAlchemy adapts it
         self.turns = Turns(timeout)
         self._info: dict[Any, Any] = {}
         self._connection = connection
@@ -141,10 +133,6 @@ class SharedConnection:
         task.add_done_callback(self._undoing.discard)
         if in_greenlet():
             await_only(run_to_completion(_wait_for(task)))
-
-    def has_turn(self, lent: LentConnection) -> bool:
-        """Return whether a statement that the driver is executing belongs to `lent`."""
-        return self.turns.has(lent)
 
     def execute(self, statement: str) -> Any:
         """Execute a statement; return its first row, if any."""

@@ -21,12 +21,7 @@ from context_async_sqlalchemy._testing.shared_connection import SharedConnection
 async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerator[SharedConnection]:  # noqa: ASYNC109
     """Make every connection taken from `engine` a part of one, rolled back at the end.
 
-    Args:
-        engine: The engine; has another pool meanwhile.
-        timeout: How long to wait for a turn, in seconds.
-
-    Raises:
-        RuntimeError: If a connection of the engine is shared already.
+    Each waits for its turn for up to `timeout` seconds.
     """
     sync_engine = engine.sync_engine
     if sync_engine.pool in _pools:

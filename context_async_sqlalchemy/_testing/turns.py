@@ -19,20 +19,12 @@ class Turns:
     """The turns on a connection, each from the first statement of a transaction to its end.
 
     A transaction waits for the end of the one before it, unless it begins inside that one.
-
-    Args:
-        timeout: How long to wait for a turn, in seconds.
-
-    Attributes:
-        open: The lent connections with an open transaction, each inside the one before it. The last
-            one has the turn.
-        enclosing: The session inside whose transaction any other may begin.
-        have_ended: Whether all waiting is over.
     """
 
     def __init__(self, timeout: float) -> None:
+        # With an open transaction, each inside the one before it. The last one has the turn.
         self.open: list[LentConnection] = []
-        self.enclosing: AsyncSession | None = None
+        self.enclosing: AsyncSession | None = None  # inside whose transaction others may begin
         self.have_ended = False
         self._timeout = timeout
         self._changed = asyncio.Event()
@@ -65,18 +57,13 @@ class Turns:
     # The next two are called inside SQLAlchemy's greenlet.
 
     def wait_to_begin(self) -> None:
-        """Wait until another transaction may begin.
-
-        Raises:
-            InvalidRequestError: If it takes too long.
-        """
+        """Wait until another transaction may begin, or raise that it takes too long."""
         self._wait_until(self._may_begin)
 
     def wait_for(self, lent: LentConnection) -> None:
         """Wait until `lent` has the turn again, or its transaction has ended.
 
-        Raises:
-            InvalidRequestError: If it takes too long, or waits for a transaction of its own task.
+        It must not wait for a transaction that its own task has begun.
         """
         self._notify()  # those waiting to begin look again: its session has its connection by now
         if not self.has(lent) and self.open[-1] in _open_here.get():

@@ -40,8 +40,7 @@ def atomic_db_session(
 
     Raises:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
         InvalidRequestError: If a transaction is open and `current_transaction` is "raise".
         ValueError: If `current_transaction` is none of these.
     """

@@ -19,46 +19,26 @@ if TYPE_CHECKING:
 
 
 class _Held(NamedTuple):
-    """A session of a context.
-
-    Attributes:
-        given: The session that the user has; in users' tests it may be a mock.
-        session: The session to settle and to close.
-        is_made: Whether `db_session` made it: the context alone owns it.
-    """
-
-    given: AsyncSession
-    session: AsyncSession
-    is_made: bool
+    given: AsyncSession  # the session that the user has; in a user's test it may be a mock
+    session: AsyncSession  # to be settled and closed
+    is_made: bool  # by `db_session`: the context alone owns it
 
 
 class DBSessionContext:
-    """The sessions of one unit of work, shared by all its tasks.
-
-    Attributes:
-        by_key: The session that `db_session` returns for each connect, by `context_key`.
-        loop: The event loop that serves the request; None if the context is not a request's.
-        locks: They make the creation of a connect's session single-flight, by `context_key`.
-        is_test: Whether a test opened it, which then also settles it.
-        closed: Whether it has ended.
-        settles_late: Whether a request settles only when the application has returned.
-        commits: Watches its commits, if anything asks about them.
-        used: Whether there may be anything to settle.
-        request: The method and the path of the request, if the context is a request's.
-        token: Restores the context variable; None once the context has ended.
-    """
+    """The sessions of one unit of work, shared by all its tasks."""
 
     def __init__(self) -> None:
-        self.by_key: dict[str, Any] = {}  # a session of the class that the connect makes
-        self.locks: dict[str, asyncio.Lock] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.is_test = False
+        # What `db_session` returns for each connect, by `context_key`: of the class that it makes.
+        self.by_key: dict[str, Any] = {}
+        self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
+        self.loop: asyncio.AbstractEventLoop | None = None  # that serves the request, if it is one
+        self.request: tuple[str, str] | None = None  # its method and path
+        self.is_test = False  # a test opened it, and settles it
+        self.used = False  # there may be something to settle
+        self.settles_late = False  # when the application has returned, not before
         self.closed = False
-        self.settles_late = False
-        self.commits: CommitWatch | None = None
-        self.used = False
-        self.request: tuple[str, str] | None = None
-        self.token: Token[DBSessionContext | None] | None = None
+        self.commits: CommitWatch | None = None  # watches its commits, if anything asks about them
+        self.token: Token[DBSessionContext | None] | None = None  # restores the context variable
         # In the order they were made. A session that was closed or replaced by hand stays here:
         # somebody may still hold it and use it.
         self._held: list[_Held] = []
@@ -162,12 +142,7 @@ def _restore(token: Token[DBSessionContext | None]) -> None:
 
 
 def current_context() -> DBSessionContext:
-    """Return the context of this task.
-
-    Raises:
-        ContextNotInitiatedError: If there is none.
-        ContextClosedError: If it has ended.
-    """
+    """Return the context of this task, or raise the error that there is none, or it has ended."""
     context = _context.get()
     if context is None:
         raise ContextNotInitiatedError

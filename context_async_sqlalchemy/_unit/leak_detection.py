@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import inspect
 import time
 from contextvars import Context, copy_context
-from types import FrameType
 
 from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -25,14 +24,10 @@ def detect_leaks(
     request: tuple[str, str] | None,
     endpoint: object = None,
 ) -> None:
-    """Warn from now on when `session` holds a connection for too long.
+    """Warn from now on when `session` holds a connection for more than `threshold` seconds.
 
-    Args:
-        session: The session, just made.
-        threshold: How long it may hold a connection, in seconds.
-        connect: The session's connect; its repr shows no password.
-        request: The method and path of the request that it belongs to, if any.
-        endpoint: What the session was made for. Default None: the code that asks for it now.
+    The warning names the connect, the method and the path of the request, and the endpoint that the
+    session was made for, or else the line that asks for it now.
     """
     # The client chooses the path, and may put line breaks into it: a repr has none.
     holder = f"by the request {request[0]} {request[1]!r}" if request else "outside of a request"
@@ -100,7 +95,7 @@ class _Detector:
 
 def _caller() -> str:
     """Return the file and line that ask for the session."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module == "asyncio.events":

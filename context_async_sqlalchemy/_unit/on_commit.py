@@ -55,8 +55,7 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
         callback: A function without parameters, async or not.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
         TypeError: If `callback` is not callable.
     """
     if not callable(callback):
@@ -111,14 +110,11 @@ class _Waiting:
 
 
 class CommitWatch:
-    """Watches the transactions of a context's sessions.
-
-    Attributes:
-        durable: Whether a part of the work is durable, or may be: a COMMIT was sent and not
-            refused, or a callback has run.
-    """
+    """Watches the transactions of a context's sessions."""
 
     def __init__(self) -> None:
+        # A part of the work is durable, or may be: a COMMIT was sent and not refused, or a callback
+        # has run.
         self.durable = False
         self._keys: dict[Session, str] = {}
         self._committing: list[SessionTransaction] = []

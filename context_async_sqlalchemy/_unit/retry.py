@@ -121,12 +121,7 @@ class Retrying:
         )
 
     def __call__(self, on: Callable[[Exception], bool], name: str) -> AsyncIterator[Attempt]:
-        """Return the attempts; the first that does not fail with such an error is the last.
-
-        Args:
-            on: Returns whether to try again after an error.
-            name: What stamina's instrumentation calls the work.
-        """
+        """Return the attempts: `on` says whether to try again; `name` is for instrumentation."""
         # Without the arguments: stamina would log them, and they may be secret.
         return self._retry_context(on).with_name(name, (), {})
 

@@ -25,8 +25,7 @@ async def db_session(connect: DBConnect[SessionT]) -> SessionT:
         connect: The database.
 
     Raises:
-        ContextNotInitiatedError: If there is no context.
-        ContextClosedError: If it has ended.
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
         RuntimeError: If the context is that of a request which another event loop serves.
     """
     context = current_context()
@@ -48,11 +47,7 @@ async def create_session(
 ) -> SessionT:
     """Make the session of a context for `connect`, unless another task does so meanwhile.
 
-    Args:
-        context: The context.
-        connect: The database.
-        endpoint: The endpoint that it is made for, to be named by leak detection. Default None: the
-            line that asks for it is named.
+    Leak detection names the endpoint that it is made for, or else the line that asks for it.
     """
     key = connect.context_key
     creating = _creating.get()

@@ -65,11 +65,7 @@ async def settle(
 
 
 async def commit_session(session: AsyncSession) -> None:
-    """Commit a session.
-
-    Raises:
-        CommitOutcomeUnknownError: If the connection was lost during COMMIT.
-    """
+    """Commit a session; if its connection is lost meanwhile, nobody can know the outcome."""
     try:
         if AWAITED in session.info:
             # Cancelled during COMMIT, nobody would know whether to run what waits for it.

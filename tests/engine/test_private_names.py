@@ -1,0 +1,370 @@
+"""Each private name that is used is there, and says what it is used for; no other one is used."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fastapi.routing
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Request
+from sqlalchemy import NullPool, QueuePool, create_engine, event, select, text
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+import context_async_sqlalchemy
+from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from context_async_sqlalchemy._engine import private_names
+from tests.conftest import Database
+
+PACKAGE = Path(context_async_sqlalchemy.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def any_connect(request: pytest.FixtureRequest) -> DBConnect:
+    """Return a connect whose driver does not queue statements itself."""
+    name = {"postgresql": "connect", "sqlite": "sqlite_connect"}[request.param]
+    connect: DBConnect = request.getfixturevalue(name)
+    return connect
+
+
+def transaction_of(session: AsyncSession) -> SessionTransaction:
+    transaction = session.sync_session.get_transaction()
+    assert transaction is not None
+    return transaction
+
+
+async def test_the_connections_of_a_transaction_are_known(any_connect: DBConnect) -> None:
+    async with new_non_ctx_session(any_connect) as session:
+        await session.begin()
+        transaction = transaction_of(session)
+        assert private_names.connections_of(transaction) == []
+        assert not private_names.has_connections(transaction)
+        connection = (await session.connection()).sync_connection
+        assert private_names.connections_of(transaction) == [connection]
+        assert private_names.has_connections(transaction)
+        await (await session.connection()).invalidate()
+        assert private_names.connections_of(transaction) == []
+        assert private_names.has_connections(transaction)
+        await session.rollback()
+
+
+async def test_a_transaction_is_committed_between_its_commit_and_its_end(
+    any_connect: DBConnect,
+) -> None:
+    seen: list[bool] = []
+    async with new_non_ctx_session(any_connect) as session:
+        transaction = await session.begin()
+
+        def look(_: Session) -> None:
+            assert transaction.sync_transaction is not None
+            seen.append(private_names.is_committed(transaction.sync_transaction))
+
+        event.listen(session.sync_session, "before_commit", look)
+        event.listen(session.sync_session, "after_commit", look)
+        await session.execute(select(1))
+        await session.commit()
+    assert seen == [False, True]
+
+
+async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) -> None:
+    async with new_non_ctx_session(any_connect) as session:
+        await session.begin()
+        transaction = transaction_of(session)
+        assert not private_names.is_changing(transaction)
+        seen: list[bool] = []
+
+        @event.listens_for(session.sync_session, "after_begin")
+        def look(*_: object) -> None:
+            seen.append(private_names.is_changing(transaction))
+            with pytest.raises((IllegalStateChangeError, InvalidRequestError)):
+                session.sync_session.rollback()
+
+        await session.execute(select(1))
+        assert seen == [True]
+        assert not private_names.is_changing(transaction)
+
+
+async def test_a_statement_that_is_executed_is_seen(connect: DBConnect, database: Database) -> None:
+    async with new_non_ctx_session(connect) as session:
+        (connection,) = private_names.connections_of(await _begun(session))
+        assert not private_names.is_executing(connection)
+        task = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
+        async with asyncio.timeout(10):
+            while (pid := await database.pid_of("%pg_sleep(10)%")) is None:
+                await asyncio.sleep(0.001)
+        assert private_names.is_executing(connection)
+        await database.execute(f"SELECT pg_cancel_backend({pid})")
+        with suppress(Exception):
+            await task
+        assert not private_names.is_executing(connection)
+
+
+async def test_the_adapter_of_asyncpg_has_a_lock(connect: DBConnect) -> None:
+    async with new_non_ctx_session(connect) as session:
+        (connection,) = private_names.connections_of(await _begun(session))
+        lock = private_names.lock_of(connection.connection.dbapi_connection)
+        assert isinstance(lock, asyncio.Lock)
+    assert private_names.lock_of(object()) is None
+
+
+async def _begun(session: AsyncSession) -> SessionTransaction:
+    await session.execute(select(1))
+    return transaction_of(session)
+
+
+async def test_asyncpg_holds_on_to_a_transaction_that_could_not_begin(connect: DBConnect) -> None:
+    async with new_non_ctx_session(connect) as session:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        await session.rollback()
+        assert not private_names.has_failed_to_begin(driver)
+        transaction = driver.transaction()
+        await transaction.start()
+        # It is the same while a transaction is open, as none is in a connection that is returned.
+        assert private_names.has_failed_to_begin(driver)
+        await transaction.rollback()
+        assert not private_names.has_failed_to_begin(driver)
+
+
+def test_the_overflow_of_a_pool_is_known() -> None:
+    engine = create_engine("sqlite://", poolclass=QueuePool, pool_size=2, max_overflow=3)
+    assert isinstance(engine.pool, QueuePool)
+    assert private_names.max_overflow(engine.pool) == 3
+
+
+def test_a_listener_that_closing_a_session_calls_is_seen() -> None:
+    session = Session()
+    assert not private_names.closing_calls_listeners(session)
+    event.listen(session, "persistent_to_detached", lambda *_: None)
+    assert private_names.closing_calls_listeners(session)
+
+
+async def test_a_connection_is_pinged(any_connect: DBConnect) -> None:
+    await any_connect.session_maker()
+    engine = any_connect.engine
+    assert engine is not None
+    async with engine.connect() as connection:
+        fairy = await connection.get_raw_connection()
+
+        def ping(_: object) -> bool:
+            assert fairy.dbapi_connection is not None
+            return private_names.ping(engine.sync_engine.dialect, fairy.dbapi_connection)
+
+        assert await connection.run_sync(ping)
+
+
+async def test_fastapi_says_whether_a_dependency_ends_after_the_answer() -> None:
+    app = FastAPI()
+    started: list[bool] = []
+    seen: list[tuple[bool, bool]] = []
+
+    async def dependency(request: Request) -> AsyncGenerator[None]:
+        yield
+        seen.append((bool(started), private_names.fastapi_has_answered(request.scope)))
+
+    @app.get("/", dependencies=[Depends(dependency)])
+    async def endpoint() -> None: ...
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        async def note(message: Any) -> None:
+            started.append(True)
+            await send(message)
+
+        await app(scope, receive, note)
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(noting), base_url="http://test"
+    ) as client:
+        await client.get("/")
+    ((is_after, said),) = seen
+    assert is_after == said
+
+
+async def test_starlette_puts_the_exception_handlers_into_the_scope() -> None:
+    seen: list[Any] = []
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        seen.append(private_names.starlette_handlers(request.scope))
+        return PlainTextResponse("")
+
+    def handler(*_: Any) -> PlainTextResponse:
+        return PlainTextResponse("")
+
+    app = Starlette(
+        routes=[Route("/", endpoint)], exception_handlers={ValueError: handler, 404: handler}
+    )
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        await client.get("/")
+    ((by_class, by_status),) = seen
+    assert by_class[ValueError] is handler
+    assert by_status[404] is handler
+    assert private_names.starlette_handlers({}) == ({}, {})
+
+
+def test_an_engine_commits_and_closes_by_what_is_put_there() -> None:
+    engine = create_engine("sqlite://", poolclass=NullPool)
+    do_commit, do_close = engine.dialect.do_commit, engine.dialect.do_close
+    called: list[str] = []
+
+    def commit(connection: Any) -> None:
+        called.append("commit")
+        do_commit(connection)
+
+    def close(connection: Any) -> None:
+        called.append("close")
+        do_close(connection)
+
+    private_names.replace_commit_and_close(engine.dialect, commit, close)
+    with engine.execution_options(a=1).begin() as connection:  # a copy
+        connection.execute(select(1))
+    assert called == ["commit", "close"]
+
+
+async def test_every_statement_of_a_session_asks_for_its_bind(any_connect: DBConnect) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    async with new_non_ctx_session(any_connect) as session:
+        private_names.replace_get_bind(session.sync_session, refuse)
+        for statement in (
+            session.execute(select(1)),
+            session.connection(),
+            session.scalar(text("1")),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                await statement
+
+
+def test_an_engine_takes_its_connections_from_the_pool_that_is_put_there() -> None:
+    engine, other = create_engine("sqlite://"), create_engine("sqlite://", poolclass=NullPool)
+    private_names.replace_pool(engine, other.pool)
+    taken: list[object] = []
+    event.listen(other.pool, "checkout", lambda *args: taken.append(args))
+    with engine.connect():
+        assert len(taken) == 1
+
+
+def test_a_connection_that_is_taken_out_of_the_pool_is_replaced() -> None:
+    engine = create_engine("sqlite://", poolclass=QueuePool, pool_size=1)
+    entries: list[Any] = []
+    event.listen(engine, "checkin", lambda _, entry: entries.append(entry))
+    with engine.connect() as connection:
+        first = connection.connection.dbapi_connection
+    taken = private_names.take_out(entries[0])
+    assert taken is first
+    with engine.connect() as connection:
+        assert connection.connection.dbapi_connection not in (None, first)
+        assert connection.scalar(select(1)) == 1
+    assert taken is not None
+    taken.close()
+    engine.dispose()
+
+
+async def test_fastapi_calls_every_endpoint_by_the_function_that_is_wrapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    routing = fastapi.routing
+    called: list[str] = []
+
+    def wrap(run: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def wrapped(**arguments: Any) -> Any:
+            called.append(arguments["dependant"].call.__name__)
+            return await run(**arguments)
+
+        return wrapped
+
+    # As it is without any DBSessionDependency.
+    run = routing.run_endpoint_function
+    while "run" in inspect.getclosurevars(run).nonlocals:
+        run = inspect.getclosurevars(run).nonlocals["run"]
+    monkeypatch.setattr(routing, "run_endpoint_function", run)
+    private_names.wrap_endpoints(routing, wrap)
+    private_names.wrap_endpoints(routing, wrap)
+    app = FastAPI()
+
+    @app.get("/async")
+    async def of_a_coroutine() -> None: ...
+
+    @app.get("/sync")
+    def of_a_thread() -> None: ...
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
+        await client.get("/async")
+        await client.get("/sync")
+    assert called == ["of_a_coroutine", "of_a_thread"]
+
+
+async def test_what_is_spawned_waits_inside_a_greenlet() -> None:
+    async def answer() -> int:
+        await asyncio.sleep(0)
+        return 42
+
+    def wait() -> int:
+        assert private_names.in_greenlet()
+        return private_names.await_only(answer())
+
+    assert not private_names.in_greenlet()
+    assert await private_names.greenlet_spawn(wait) == 42
+
+
+def test_every_private_name_has_a_test() -> None:
+    functions = {
+        name
+        for name, value in vars(private_names).items()
+        if getattr(value, "__module__", None) == private_names.__name__
+    }
+    tested = set(inspect.getsource(inspect.getmodule(transaction_of)).split("private_names.")[1:])  # type: ignore[arg-type]
+    used = {part.split("(")[0] for part in tested}
+    assert functions - used == set()
+    assert len(functions) > 12
+
+
+def _names_of_our_own() -> set[str]:
+    own: set[str] = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    own.add(name)
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    own.add(name)
+                case ast.AnnAssign(target=ast.Name(id=name)) | ast.ClassDef(name=name):
+                    own.add(name)
+    return own
+
+
+def _private_names_in(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        match node:
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                found.add(name)
+            case ast.ImportFrom(module=str(module)) if module.startswith("sqlalchemy.util"):
+                found.add(f"_{module}")
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+def test_no_other_file_uses_a_private_name_of_somebody_else() -> None:
+    own = _names_of_our_own()
+    found = {file.name: names for file in FILES if (names := _private_names_in(file) - own)}
+    assert found.keys() == {"private_names.py"}
+    assert "_connections" in found["private_names.py"]
+    assert "_execute_mutex" in own, "LentConnection has one, so it is looked for here"
