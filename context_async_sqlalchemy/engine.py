@@ -23,6 +23,9 @@ _ASYNC_DRIVERS = {
     "mariadb": "mariadb+asyncmy",
 }
 
+# The extra of this package that installs a driver.
+_EXTRAS = {"asyncpg": "postgresql", "psycopg": "psycopg", "aiosqlite": "sqlite", "asyncmy": "mysql"}
+
 # SQLAlchemy takes any number. -1 means "no limit" to max_overflow, and "never" to pool_recycle.
 _MINIMUM = {"pool_size": 0, "max_overflow": -1, "pool_timeout": 0, "pool_recycle": -1}
 
@@ -117,6 +120,7 @@ def create_engine(
             `connect_args`, and each of its `server_settings`, win over the URL.
 
     Raises:
+        ModuleNotFoundError: If the driver is not installed.
         TypeError: If there is no such option.
         ValueError: If an option is invalid, or asyncpg does not support what is in the URL.
     """
@@ -259,8 +263,23 @@ def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEngine:
-    # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
-    return sqlalchemy_asyncio.create_async_engine(url, **options)
+    try:
+        # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
+        return sqlalchemy_asyncio.create_async_engine(url, **options)
+    except ModuleNotFoundError as error:
+        driver = url.get_dialect().driver
+        if error.name != driver:
+            raise  # something that an installed driver, or an option, needs
+        raise ModuleNotFoundError(_how_to_install(driver), name=driver) from error
+
+
+def _how_to_install(driver: str) -> str:
+    extra = _EXTRAS.get(driver)
+    package = '"psycopg[binary]"' if driver == "psycopg" else driver
+    message = f"The driver {driver} is not installed: 'pip install {package}'"
+    if extra is None:
+        return message
+    return f'{message}, or install context-async-sqlalchemy with its extra "{extra}"'
 
 
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
