@@ -214,7 +214,6 @@ async def make(database_url: URL, database: Database) -> AsyncGenerator[MakeConn
     yield make
     for connection in made:
         await connection.close()
-    await database.is_left_by_all()
 
 
 @pytest.fixture
