@@ -12,7 +12,12 @@ from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
-from context_async_sqlalchemy._engine.engines import Engines, SessionMaker, check_callable
+from context_async_sqlalchemy._engine.engines import (
+    Engines,
+    SessionMaker,
+    check_callable,
+    check_host,
+)
 from context_async_sqlalchemy._engine.from_url import creators_from_url
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
@@ -129,6 +134,7 @@ class DBConnect(Generic[SessionT_co]):
                 - `leak_detection_threshold`: As for `DBConnect`, in seconds. Default None.
 
         Raises:
+            ModuleNotFoundError: If the driver is not installed.
             TypeError: If an option is unknown, or of the wrong type.
             ValueError: If the URL cannot be read, its driver is not async, or an option is invalid.
         """
@@ -154,6 +160,10 @@ class DBConnect(Generic[SessionT_co]):
     def host(self) -> str | None:
         """The host that new sessions talk to; None if none was given yet."""
         return self._engines.host
+
+    @host.setter
+    def host(self, host: str) -> None:
+        self._engines.host = check_host(host)
 
     @property
     def engine(self) -> AsyncEngine | None:

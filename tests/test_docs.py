@@ -97,6 +97,11 @@ FENCES = [
 COMMANDS = [
     (page, line) for page, kind, code in FENCES if kind == "sh" for line in code.splitlines()
 ]
+INLINE = [
+    (page, " ".join(command.split()))  # which may be broken over a line
+    for page in [*PAGES, *EXAMPLES, ROOT / "CHANGELOG.md"]
+    for command in re.findall(r"`(pip\s+install\s[^`]+)`", FENCE.sub("", page.read_text()))
+]
 
 
 def test_a_block_is_of_a_kind_that_is_checked() -> None:
@@ -104,7 +109,7 @@ def test_a_block_is_of_a_kind_that_is_checked() -> None:
     assert {kind for _, kind, _ in FENCES} <= {"python", "sh", "sql", "toml", "html", ""}
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
+@pytest.mark.parametrize(("page", "line"), [*COMMANDS, *INLINE])
 def test_what_a_command_names_exists(page: Path, line: str) -> None:
     words = shlex.split(line, comments=True)
     while words and "=" in words[0]:  # the environment
@@ -116,8 +121,6 @@ def test_what_a_command_names_exists(page: Path, line: str) -> None:
             extras = set(re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", line))))
             assert packages
             assert extras <= set(PROJECT["project"]["optional-dependencies"])
-            if page in EXAMPLES:  # which are served from a copy of the repository
-                assert "context-async-sqlalchemy" not in line
             if "--group" in packages:
                 assert '\npip install "pip>=25.1"\n' in page.read_text()
         case ["make", target, *_]:
@@ -132,6 +135,13 @@ def test_what_a_command_names_exists(page: Path, line: str) -> None:
             assert all((ROOT / path).exists() for path in paths if not path.startswith("-"))
         case _:
             pytest.fail(f"{line!r} is of no kind that is checked")
+
+
+def test_one_place_says_how_to_install_what_is_published() -> None:
+    # Until it is, that name is another code base's: a reader would get that one.
+    pages = [page for page, line in [*COMMANDS, *INLINE] if PROJECT["project"]["name"] in line]
+    assert pages == [STARTED]
+    assert len(INLINE) > 20
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.parent.name)

@@ -52,9 +52,9 @@ class Engines:
     ) -> None:
         check_callable("engine_creator", engine_creator)
         check_callable("session_maker_creator", session_maker_creator)
-        if host is not None:
-            _check_host(host)
-        self.host = host  # None if none was given yet, or the URL has none
+        self.host = (
+            check_host(host) if host is not None else None
+        )  # None if none was given yet, or the URL has none
         self.needs_host = True  # to make an engine
         self.latest: Opened | None = None  # on any loop, until `close`
         self.put_by_hand: AsyncEngine | None = None  # closed with the others
@@ -91,7 +91,7 @@ class Engines:
 
     async def switch(self, host: str, *, anew: bool) -> None:
         """Talk to `host` from now on, with a new engine even if it is the host already."""
-        _check_host(host)
+        check_host(host)
         if self._pinned is not None:
             self.host = host
             return
@@ -163,7 +163,7 @@ class Engines:
     async def make_engine(self, host: str | None) -> AsyncEngine:
         """Make an engine that belongs to the caller."""
         if host is not None:
-            _check_host(host)
+            check_host(host)
         elif self.needs_host:
             raise ValueError("host is not set")
         made = self._engine_creator(host)  # type: ignore[arg-type]  # None: the URL's
@@ -262,6 +262,8 @@ def check_callable(name: str, value: object) -> None:
         raise TypeError(f"{name} must be callable, not {type(value).__name__}")
 
 
-def _check_host(host: str) -> None:
+def check_host(host: str) -> str:
+    """Refuse an empty host."""
     if not host:
         raise ValueError("host must not be empty")
+    return host

@@ -16,6 +16,9 @@ from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, UR
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
 
+# Of this package, by the driver that they install.
+_EXTRAS = {"asyncpg": "postgresql", "psycopg": "psycopg", "aiosqlite": "sqlite", "asyncmy": "mysql"}
+
 # SQLAlchemy takes any number. -1 means "no limit" to max_overflow, and "never" to pool_recycle.
 _MINIMUM = {"pool_size": 0, "max_overflow": -1, "pool_timeout": 0, "pool_recycle": -1}
 
@@ -116,8 +119,22 @@ def _merge(arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEngine:
-    # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
-    return sqlalchemy_asyncio.create_async_engine(url, **options)
+    try:
+        # Looked up when it is called: OpenTelemetry's instrumentation puts its own in that place.
+        return sqlalchemy_asyncio.create_async_engine(url, **options)
+    except ModuleNotFoundError as error:
+        driver = url.get_dialect().driver
+        if error.name != driver:
+            raise  # something that an installed driver, or an option, needs
+        raise ModuleNotFoundError(_how_to_install(driver), name=driver) from error
+
+
+def _how_to_install(driver: str) -> str:
+    package = '"psycopg[binary]"' if driver == "psycopg" else driver
+    message = f"The driver {driver} is not installed: 'pip install {package}'"
+    if driver not in _EXTRAS:
+        return message
+    return f'{message}, or install context-async-sqlalchemy with its extra "{_EXTRAS[driver]}"'
 
 
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:

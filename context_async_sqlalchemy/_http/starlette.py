@@ -40,6 +40,14 @@ class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
     read cannot be read again.
     """
 
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "dispatch"):
+            raise TypeError(
+                "StarletteHTTPDBSessionMiddleware is no BaseHTTPMiddleware, and would never call "
+                "dispatch(): override __call__(scope, receive, send), or put another middleware "
+                "around it"
+            )
+
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
     ) -> None:

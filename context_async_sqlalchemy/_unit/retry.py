@@ -108,7 +108,8 @@ class Retrying:
             import stamina
         except ImportError as error:
             raise ImportError(
-                "Trying again needs stamina: install context-async-sqlalchemy[retry]"
+                "Trying again needs stamina: 'pip install stamina', or install "
+                'context-async-sqlalchemy with its extra "retry"'
             ) from error
         self.attempts = attempts
         self._retry_context = functools.partial(
