@@ -1,7 +1,5 @@
 """The types of an ASGI application: https://asgi.readthedocs.io/en/latest/specs/main.html."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 

@@ -175,9 +175,6 @@ class DBConnect(Generic[SessionT_co]):
 
         Sessions in flight finish on the old engine; its connections are closed as they come back.
         If a creator fails, the old engine stays in use.
-
-        Args:
-            host: The host to talk to from now on.
         """
         await self._engines.switch(host, anew=True)
 
@@ -185,9 +182,6 @@ class DBConnect(Generic[SessionT_co]):
         """Switch to `host` as `connect` does; do nothing if it is the host already.
 
         Concurrent calls make one engine.
-
-        Args:
-            host: The host to talk to from now on.
         """
         if host != self.host:
             await self._engines.switch(host, anew=False)

@@ -1,7 +1,5 @@
 """The exceptions of this library."""
 
-from __future__ import annotations
-
 _HINT = (
     "In a web application add the middleware; elsewhere open one with "
     "'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'; for a session "

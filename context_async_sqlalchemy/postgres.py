@@ -10,13 +10,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from context_async_sqlalchemy._engine.engines import close_engine
-from context_async_sqlalchemy._engine.guard import guard
+from context_async_sqlalchemy._engine.engines import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
-from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy.connect import DBConnect
 
 Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
@@ -178,19 +175,13 @@ class _HostChooser:
         try:
             async with asyncio.timeout(self._timeout):
                 # Not a connection of the pool: that may be full, and its host dead.
-                engine = await connect.create_engine(host)
-                guard(engine)  # a creator may return one that is in use
-                try:
-                    return self._rank(await _state_of(engine))
-                finally:
-                    await run_to_completion(close_engine(engine))
+                async with (
+                    closing(await connect.create_engine(host)) as engine,
+                    engine.connect() as connection,
+                ):
+                    return self._rank((await connection.execute(_STATE)).one())
         except Exception as error:
             logger.info(
                 "The host %s does not say what it is: %s", hide_password(host), type(error).__name__
             )
             return None
-
-
-async def _state_of(engine: AsyncEngine) -> Row[Any]:
-    async with engine.connect() as connection:
-        return (await connection.execute(_STATE)).one()

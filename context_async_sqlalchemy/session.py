@@ -60,9 +60,6 @@ async def new_non_ctx_session(connect: DBConnect[SessionT]) -> AsyncGenerator[Se
     """Make a session outside of any context, and close it at the end of the block.
 
     What the block does not commit is rolled back.
-
-    Args:
-        connect: The database.
     """
     session = await connect.create_session()
     try:
@@ -76,9 +73,6 @@ async def new_non_ctx_atomic_session(connect: DBConnect[SessionT]) -> AsyncGener
     """Make a session outside of any context, and commit it at the end of the block.
 
     An exception rolls it back.
-
-    Args:
-        connect: The database.
     """
     async with new_non_ctx_session(connect) as session:
         real = real_session(session)

@@ -63,11 +63,7 @@ async def shared_transaction(
 
 @asynccontextmanager
 async def rollback_session(connection: DBConnect[SessionT]) -> AsyncGenerator[SessionT]:
-    """Make a session for a test, rolled back at the end.
-
-    Args:
-        connection: The database.
-    """
+    """Make a session for a test, rolled back at the end."""
     async with new_non_ctx_session(connection) as session:
         yield session
 

@@ -52,9 +52,7 @@ class Engines:
     ) -> None:
         check_callable("engine_creator", engine_creator)
         check_callable("session_maker_creator", session_maker_creator)
-        self.host = (
-            check_host(host) if host is not None else None
-        )  # None if none was given yet, or the URL has none
+        self.host = check_host(host) if host is not None else None
         self.needs_host = True  # to make an engine
         self.latest: Opened | None = None  # on any loop, until `close`
         self.put_by_hand: AsyncEngine | None = None  # closed with the others
@@ -224,6 +222,16 @@ class Engines:
         task.add_done_callback(self._retiring.discard)
         task.add_done_callback(_log_failure)
         return task
+
+
+@asynccontextmanager
+async def closing(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
+    """Close an engine at the end of a block, unless its creator has returned it to others, too."""
+    guard(engine)
+    try:
+        yield engine
+    finally:
+        await run_to_completion(close_engine(engine))
 
 
 async def close_engine(engine: AsyncEngine) -> None:

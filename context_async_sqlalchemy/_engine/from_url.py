@@ -126,15 +126,11 @@ def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEng
         driver = url.get_dialect().driver
         if error.name != driver:
             raise  # something that an installed driver, or an option, needs
-        raise ModuleNotFoundError(_how_to_install(driver), name=driver) from error
-
-
-def _how_to_install(driver: str) -> str:
-    package = '"psycopg[binary]"' if driver == "psycopg" else driver
-    message = f"The driver {driver} is not installed: 'pip install {package}'"
-    if driver not in _EXTRAS:
-        return message
-    return f'{message}, or install context-async-sqlalchemy with its extra "{_EXTRAS[driver]}"'
+        package = '"psycopg[binary]"' if driver == "psycopg" else driver
+        message = f"The driver {driver} is not installed: 'pip install {package}'"
+        if driver in _EXTRAS:
+            message += f', or install context-async-sqlalchemy with its extra "{_EXTRAS[driver]}"'
+        raise ModuleNotFoundError(message, name=driver) from error
 
 
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:

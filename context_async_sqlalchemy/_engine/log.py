@@ -1,7 +1,5 @@
 """What is logged, without the passwords in it."""
 
-from __future__ import annotations
-
 import logging
 import re
 

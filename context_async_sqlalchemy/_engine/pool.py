@@ -95,9 +95,10 @@ def ping_idle_connections(engine: Engine, after: float) -> None:
         returned_at = entry.info.get(_RETURNED_AT)
         if returned_at is None:
             return
-        if _is_closed(entry) or (
-            monotonic() - returned_at > after and not _answers(engine, connection)
-        ):
+        # asyncpg notices that the server has hung up while the connection is in the pool, and says
+        # so without a round trip. Other drivers notice it when they are used.
+        is_closed = getattr(entry.driver_connection, "is_closed", bool)
+        if is_closed() or (monotonic() - returned_at > after and not _answers(engine, connection)):
             raise InvalidatePoolError
 
     event.listen(engine, "checkin", note_time)
@@ -115,13 +116,6 @@ def _idle_of(engine: Engine) -> _IdleConnections | None:
     # An attribute of the engine: in a dictionary with weak keys it would keep its own key alive.
     idle: _IdleConnections | None = getattr(engine, _IDLE, None)
     return idle
-
-
-def _is_closed(entry: ConnectionPoolEntry) -> bool:
-    # asyncpg notices that the server has hung up while the connection is in the pool, and says so
-    # without a round trip. Other drivers notice it when they are used.
-    is_closed: bool = getattr(entry.driver_connection, "is_closed", bool)()
-    return is_closed
 
 
 def _answers(engine: Engine, connection: DBAPIConnection) -> bool:

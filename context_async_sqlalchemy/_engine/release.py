@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
 
 from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,7 +22,7 @@ _CLOSE = AsyncSession.close
 async def rollback_sessions(sessions: Sequence[AsyncSession]) -> None:
     """Roll back all of `sessions`, even under cancellation and when one of them fails."""
     if sessions:
-        await run_to_completion(_rollback_each(sessions))
+        await run_to_completion(_release_each(sessions, "roll back"))
 
 
 async def close_sessions(sessions: Sequence[AsyncSession]) -> None:
@@ -36,7 +36,7 @@ async def close_sessions(sessions: Sequence[AsyncSession]) -> None:
         for session in sessions:
             _close_at_once(session)
     else:
-        await run_to_completion(_close_each(sessions))
+        await run_to_completion(_release_each(sessions, "close"))
 
 
 def refuse_further_use(session: AsyncSession) -> None:
@@ -70,14 +70,17 @@ def connections_of(session: AsyncSession) -> list[Connection]:
     return private_names.connections_of(transaction) if transaction is not None else []
 
 
-async def _rollback_each(sessions: Sequence[AsyncSession]) -> None:
+async def _release_each(
+    sessions: Sequence[AsyncSession], what: Literal["roll back", "close"]
+) -> None:
     for session in sessions:
-        await _release(session, session.rollback, "roll back")
-
-
-async def _close_each(sessions: Sequence[AsyncSession]) -> None:
-    for session in sessions:
-        await _release(session, session.close, "close")
+        connections = connections_of(session)
+        end = session.close if what == "close" else session.rollback
+        try:
+            await (session.invalidate if is_in_use(session) else end)()
+        except Exception:
+            logger.exception("A database session failed to %s; its connection is discarded", what)
+            await _discard(session, connections)
 
 
 def _closes_at_once(session: AsyncSession) -> bool:
@@ -97,15 +100,6 @@ def _close_at_once(session: AsyncSession) -> None:
         session.sync_session.close()
     except Exception:
         logger.exception("A database session failed to close")
-
-
-async def _release(session: AsyncSession, method: Callable[[], Awaitable[None]], what: str) -> None:
-    connections = connections_of(session)
-    try:
-        await (session.invalidate if is_in_use(session) else method)()
-    except Exception:
-        logger.exception("A database session failed to %s; its connection is discarded", what)
-        await _discard(session, connections)
 
 
 async def _discard(session: AsyncSession, connections: list[Connection]) -> None:

@@ -190,7 +190,8 @@ class _Request:
         if isinstance(returned, Response):
             status = returned.status_code
         else:
-            status = self._response.status_code or self._status_of_route() or 200
+            of_route = getattr(self._scope.get("route"), "status_code", None)
+            status = self._response.status_code or of_route or 200
         self.succeeded = is_success(status)
         if not self.context.settles_late:
             await settle(self.context, commit=self.succeeded)
@@ -202,9 +203,6 @@ class _Request:
             # after the answer, it is a generator from which FastAPI has streamed.
             self.succeeded = fastapi_has_answered(self._scope)
         await finish(self.context, commit=self.succeeded)
-
-    def _status_of_route(self) -> int | None:
-        return getattr(self._scope.get("route"), "status_code", None)
 
 
 @asynccontextmanager

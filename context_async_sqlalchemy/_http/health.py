@@ -11,10 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from context_async_sqlalchemy._engine.border import password_of
-from context_async_sqlalchemy._engine.engines import close_engine
-from context_async_sqlalchemy._engine.guard import guard
+from context_async_sqlalchemy._engine.engines import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
-from context_async_sqlalchemy._engine.shield import result_within, run_to_completion
+from context_async_sqlalchemy._engine.shield import result_within
 from context_async_sqlalchemy.connect import DBConnect
 
 
@@ -70,12 +69,8 @@ async def _ask(connect: DBConnect) -> bool:
         # Runs the connect's handler, which may choose the host.
         await connect.session_maker()
         engine = await connect.create_engine()
-        guard(engine)  # a creator may return one that is in use
-        try:
-            async with engine.connect() as connection:
-                await connection.execute(select(1))
-        finally:
-            await run_to_completion(close_engine(engine))
+        async with closing(engine), engine.connect() as connection:
+            await connection.execute(select(1))
     except Exception as error:
         logger.warning(
             "The database of %r is not healthy: %s: %s",

@@ -132,7 +132,7 @@ class SharedConnection:
         self._undoing.add(task)
         task.add_done_callback(self._undoing.discard)
         if in_greenlet():
-            await_only(run_to_completion(_wait_for(task)))
+            await_only(run_to_completion(asyncio.wait([task])))
 
     def execute(self, statement: str) -> Any:
         """Execute a statement; return its first row, if any."""
@@ -232,10 +232,6 @@ class SharedConnection:
             self.execute("SAVEPOINT constraints")
             self.execute("SET CONSTRAINTS ALL IMMEDIATE")
             self.execute("ROLLBACK TO SAVEPOINT constraints")
-
-
-async def _wait_for(task: asyncio.Task[None]) -> None:
-    await asyncio.wait([task])
 
 
 _ENDED = "The transaction of the test has ended: await every task before the end of the test."

@@ -75,8 +75,15 @@ class DBSessionContext:
     def leave(self) -> None:
         """Restore the context variable; a context that is left can be ended by any task."""
         token, self.token = self.token, None
-        if token is not None:
-            _restore(token)
+        try:
+            if token is not None:
+                _context.reset(token)
+        except ValueError as error:
+            raise RuntimeError(
+                "This database session context was opened in another task (or with another "
+                "contextvars.Context), and has been closed now. Open and end a context in the "
+                "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
+            ) from error
 
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable, refuse whatever comes later, close every session."""
@@ -128,17 +135,6 @@ def open_context() -> DBSessionContext:
     context = DBSessionContext()
     context.enter()
     return context
-
-
-def _restore(token: Token[DBSessionContext | None]) -> None:
-    try:
-        _context.reset(token)
-    except ValueError as error:
-        raise RuntimeError(
-            "This database session context was opened in another task (or with another "
-            "contextvars.Context), and has been closed now. Open and end a context in the "
-            "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
-        ) from error
 
 
 def current_context() -> DBSessionContext:

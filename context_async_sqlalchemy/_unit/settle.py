@@ -82,9 +82,7 @@ async def _settle(
     context: DBSessionContext, commit: bool, before_commit: BeforeCommitCallback | None
 ) -> None:
     sessions = context.in_transaction()
-    if not sessions:
-        return
-    if commit:
+    if sessions and commit:
         await _commit(context, sessions, before_commit)
     else:
         await rollback_sessions(sessions)
