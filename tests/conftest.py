@@ -22,11 +22,11 @@ from sqlalchemy.ext.asyncio import (
 )
 
 from context_async_sqlalchemy import DBConnect
-from examples.demo import connections_out
-from examples.postgres import postgres_server
-from tests.models import Base
-from tests.pgbouncer import CONNECT_ARGS
-from tests.programs import Outside, connects_of, load_program
+from tests.helpers.connections import connections_out
+from tests.helpers.models import Base
+from tests.helpers.pgbouncer import CONNECT_ARGS
+from tests.helpers.postgres import postgres_server
+from tests.helpers.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
 
