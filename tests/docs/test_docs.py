@@ -10,7 +10,6 @@ import shlex
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,6 +21,7 @@ from context_async_sqlalchemy import (
     starlette_utils,
     test_utils,
 )
+from tests.helpers.public import public_names
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -206,16 +206,6 @@ def test_the_reference_has_every_public_name() -> None:
             assert f"::: {module.__name__}.{name}\n" in page + "\n", name
     for name in set(fastapi_utils.__all__) - set(starlette_utils.__all__):
         assert name in page, name
-
-
-def public_names(module: Any) -> list[str]:
-    """Return what a module has in `__all__`, or else the functions and classes that are its own."""
-    own = [
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
-    ]
-    return getattr(module, "__all__", own)
 
 
 @pytest.mark.parametrize("page", HOW_TO, ids=[page.stem for page in HOW_TO])

@@ -32,7 +32,7 @@ from context_async_sqlalchemy import (
     starlette_utils,
     test_utils,
 )
-from tests.docs.test_docs import public_names
+from tests.helpers.public import public_names
 
 MODULES = [
     context_async_sqlalchemy,

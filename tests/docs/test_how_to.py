@@ -22,8 +22,8 @@ from taskiq import InMemoryBroker
 from websockets.asyncio.client import connect as connect_websocket
 
 from context_async_sqlalchemy import db_session, new_db_session_ctx, retry_on_transient_error
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.programs import PROGRAMS, ROOT, Outside, until
 from tests.helpers.serving import http_client, serve
 

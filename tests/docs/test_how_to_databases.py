@@ -21,8 +21,8 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     new_non_ctx_session,
 )
-from tests.conftest import Database
 from tests.helpers.cluster import primary_and_standby
+from tests.helpers.database import Database
 from tests.helpers.pgbouncer import pgbouncer, pgbouncer_binary
 from tests.helpers.postgres import PASSWORD_ROLE, frozen
 from tests.helpers.programs import Outside, is_all_closed, load_program, until

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import text
 
-from tests.conftest import Database
+from tests.helpers.database import Database
 from tests.helpers.programs import Outside, until
 from tests.helpers.servers import running_module
 

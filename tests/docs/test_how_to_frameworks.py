@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import URL
 
-from tests.conftest import Database
+from tests.helpers.database import Database
 from tests.helpers.postgres import free_port
 from tests.helpers.programs import Outside, load_program, until
 from tests.helpers.serving import http_client

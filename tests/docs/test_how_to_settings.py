@@ -26,8 +26,8 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.programs import Outside, until
 from tests.helpers.serving import http_client
 

@@ -15,8 +15,8 @@ from sqlalchemy import insert
 from context_async_sqlalchemy import DBConnect, commit_after_response, db_session
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from examples import life_of_a_request
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.models import Item, Seat
 from tests.helpers.programs import ROOT, Outside, until
 from tests.helpers.serving import http_client, serve

@@ -39,12 +39,12 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from tests.conftest import Database, checked_connect, make_connect
+from tests.helpers.asgi import add, app_of, call
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database, checked_connect, make_connect
 from tests.helpers.models import Item, Seat
 from tests.helpers.programs import until
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import add, app_of, call
 
 PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 _, *SECTIONS = re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)

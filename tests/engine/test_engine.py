@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from context_async_sqlalchemy.engine import EngineOptions, create_engine, parse_url
-from tests.conftest import Database
+from tests.helpers.database import Database
 from tests.helpers.postgres import PASSWORD_ROLE, free_port
 
 # Not in one piece: a traceback shows the lines of this file.

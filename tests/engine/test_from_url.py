@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
 from context_async_sqlalchemy.redaction import hide_password
-from tests.conftest import Database
+from tests.helpers.asgi import add
+from tests.helpers.database import Database
 from tests.helpers.models import Item
 from tests.helpers.postgres import PASSWORD_ROLE, free_port
-from tests.http.test_asgi_utils import add
 
 SECRET = "pa@ss:w/o?r#d %41 ü"
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from context_async_sqlalchemy.engine import create_engine, parse_url
-from tests.conftest import Database
+from tests.helpers.database import Database
 from tests.helpers.proxy import Call, Fault, proxy
 
 PING = "SELECT 1"

@@ -16,7 +16,7 @@ from sqlalchemy import URL, NullPool, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, PoolStatus, new_non_ctx_session
-from tests.conftest import Database
+from tests.helpers.database import Database
 
 DRIVERS = ["asyncpg", "psycopg"]
 

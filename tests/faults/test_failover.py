@@ -16,12 +16,11 @@ from sqlalchemy import URL, make_url, text
 from context_async_sqlalchemy import CommitOutcomeUnknownError, DBConnect, db_session
 from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 from context_async_sqlalchemy.postgres import keep_on_primary
-from tests.conftest import Database
+from tests.helpers.asgi import app_of, respond
 from tests.helpers.cluster import PRIMARY_HOST, STANDBY_HOST, primary_and_standby
+from tests.helpers.database import Database, assert_clean
 from tests.helpers.postgres import free_port, frozen, new_server
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import app_of, respond
-from tests.unit.test_misuse import assert_clean
 
 CREATE = "CREATE TABLE IF NOT EXISTS number (value int)"
 

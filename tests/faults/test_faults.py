@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import anyio
 import pytest
 import stamina
 from fastapi import Depends, FastAPI
@@ -39,11 +37,11 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
-from tests.conftest import Database, make_connect
+from tests.helpers.asgi import add, respond
+from tests.helpers.cancelling import cancel_at
+from tests.helpers.database import Database, assert_clean, make_connect
 from tests.helpers.proxy import TASK_NAME, Call, Fault, proxy
 from tests.helpers.serving import serve
-from tests.http.test_asgi_utils import add, respond
-from tests.unit.test_misuse import assert_clean
 
 MORE = {"type": "http.response.body", "body": b"x", "more_body": True}
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -385,34 +383,6 @@ async def test_every_round_trip_fails_in_its_turn(
             break
 
 
-class Steps:
-    """Awaits a coroutine, and calls a function at one of its suspensions."""
-
-    def __init__(self, work: Any, number: int, interrupt: Callable[[], object]) -> None:
-        self._work = work
-        self._number = number
-        self._interrupt = interrupt
-        self.suspensions = 0
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        iterator = self._work.__await__()
-        value: Any = None
-        error: BaseException | None = None
-        while True:
-            try:
-                future = iterator.send(value) if error is None else iterator.throw(error)
-            except StopIteration as stop:
-                return stop.value
-            self.suspensions += 1
-            if self.suspensions == self._number:
-                self._interrupt()
-            value = error = None
-            try:
-                value = yield future
-            except BaseException as raised:
-                error = raised
-
-
 @every_scenario
 @pytest.mark.parametrize("kind", ["asyncio", "anyio"])
 async def test_a_request_is_cancelled_at_every_suspension(
@@ -427,41 +397,6 @@ async def test_a_request_is_cancelled_at_every_suspension(
             await bench.check(scenario, connects, sent, tasks)
             if suspensions < number:
                 break
-
-
-async def cancel_at(number: int, work: Any, kind: str, pause: float = 0) -> int:
-    """Run `work` in a task, cancelled at a suspension; return how many suspensions it had.
-
-    A pause (in seconds) before the cancellation lets the server answer, without the event loop
-    seeing the answer yet.
-    """
-    steps: Steps
-
-    def paused(cancel: Callable[[], object]) -> Callable[[], object]:
-        def pause_and_cancel() -> None:
-            time.sleep(pause)
-            cancel()
-
-        return pause_and_cancel
-
-    async def with_asyncio() -> None:
-        nonlocal steps
-        task = asyncio.current_task()
-        assert task is not None
-        steps = Steps(work, number, paused(task.cancel))
-        await steps
-
-    async def with_anyio() -> None:
-        nonlocal steps
-        with anyio.CancelScope() as scope:
-            steps = Steps(work, number, paused(scope.cancel))
-            await steps
-
-    task = asyncio.create_task(with_asyncio() if kind == "asyncio" else with_anyio())
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()
-    return steps.suspensions
 
 
 @every_scenario

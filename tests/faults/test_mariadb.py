@@ -26,11 +26,11 @@ from context_async_sqlalchemy import (
     new_non_ctx_session,
 )
 from context_async_sqlalchemy.asgi_types import Scope
-from tests.faults.test_faults import cancel_at
+from tests.helpers.asgi import add, app_of, call, http_scope
+from tests.helpers.cancelling import cancel_at
 from tests.helpers.mariadb import mariadb, mariadb_binary
 from tests.helpers.models import Item
 from tests.helpers.programs import until
-from tests.http.test_asgi_utils import add, app_of, call, http_scope
 
 pytestmark = pytest.mark.skipif(
     mariadb_binary() is None, reason="mariadbd is not installed: apt-get install mariadb-server"

@@ -54,8 +54,8 @@ from context_async_sqlalchemy import (
     rollback_db_session,
     run_in_new_ctx,
 )
-from tests.conftest import make_connect
 from tests.helpers.connections import connections_out
+from tests.helpers.database import make_connect
 from tests.helpers.models import Item
 
 DATABASES = range(3)

@@ -14,7 +14,8 @@ from tests.helpers.programs import ROOT
 
 CORE = [
     *("unit/test_auto_commit.py", "unit/test_run_in_new_context.py", "unit/test_session.py"),
-    *("unit/test_after_commit.py", "http/test_asgi_utils.py"),
+    *("unit/test_atomic.py", "unit/test_after_commit.py", "unit/test_after_commit_callbacks.py"),
+    *("http/test_asgi_utils.py", "http/test_asgi_contexts.py", "http/test_asgi_streaming.py"),
 ]
 
 

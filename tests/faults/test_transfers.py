@@ -23,10 +23,9 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from tests.conftest import Database, make_connect
+from tests.helpers.database import Database, assert_clean, make_connect
 from tests.helpers.models import Account, Transfer
 from tests.helpers.serving import http_client
-from tests.unit.test_misuse import assert_clean
 
 ACCOUNTS, CLIENTS, TRANSFERS = 10, 8, 20
 TOO_LITTLE, FAILED, UNKNOWN = "not enough money", "failed", "unknown outcome"

@@ -3,26 +3,18 @@
 # No `from __future__ import annotations`: FastAPI reads annotations that name local variables.
 
 import asyncio
-import inspect
-import logging
-import sys
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable
 from typing import Annotated, Any
 
-import fastapi.routing
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
-from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy import URL, insert, text
-from sqlalchemy.exc import IntegrityError
+from fastapi import Depends, FastAPI, Request, Response
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
     ContextClosedError,
     DBConnect,
-    commit_after_response,
     db_session,
     on_commit,
     pop_db_session_from_context,
@@ -30,165 +22,22 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.fastapi_utils import (
     DBSessionDependency,
     add_fastapi_http_db_session_middleware,
-    fastapi_http_db_session_middleware,
 )
 from context_async_sqlalchemy.test_utils import rollback_session, set_test_context
-from tests.conftest import Database
+from tests.helpers.asgi import add
 from tests.helpers.connections import connections_out
-from tests.helpers.models import Item, Seat
+from tests.helpers.database import Database
+from tests.helpers.dependency import (
+    ENDS_LATE,
+    SOURCE,
+    WAYS,
+    Adder,
+    add_nothing,
+    every_way,
+    insert_item,
+    served,
+)
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import add
-
-
-def add_nothing(_: FastAPI) -> None:
-    pass
-
-
-def add_dispatch(app: FastAPI) -> None:
-    app.middleware("http")(fastapi_http_db_session_middleware)
-
-
-def add_other_middleware(app: FastAPI) -> None:
-    @app.middleware("http")
-    async def other(request: Any, call_next: Any) -> Any:
-        return await call_next(request)
-
-
-Adder = Callable[[FastAPI], None]
-WAYS = [add_nothing, add_other_middleware, add_fastapi_http_db_session_middleware, add_dispatch]
-every_way = pytest.mark.parametrize("add_middleware", WAYS)
-# FastAPI 0.118 was the first to end dependencies after the response.
-SOURCE = inspect.getsource(fastapi.routing)
-ENDS_LATE = "fastapi_inner_astack" in SOURCE
-
-
-async def insert_item(session: AsyncSession, name: str) -> None:
-    await session.execute(insert(Item).values(name=name))
-
-
-@asynccontextmanager
-async def served(
-    dependency: DBSessionDependency,
-    database: Database,
-    add_middleware: Adder = add_nothing,
-    before_response: Callable[[list[str]], None] = lambda _: None,
-) -> AsyncGenerator[httpx.AsyncClient]:
-    """Serve an application that gets its session from a dependency.
-
-    Args:
-        dependency: Its dependency.
-        database: Looked at as each response starts.
-        add_middleware: Adds the middleware to it.
-        before_response: Called with the names of the items that are committed by then.
-    """
-    app = FastAPI()
-
-    @app.exception_handler(IntegrityError)
-    async def conflict(_: Request, __: IntegrityError) -> JSONResponse:
-        return JSONResponse({}, 409)
-
-    Session = Annotated[AsyncSession, Depends(dependency)]  # noqa: N806
-
-    async def current_user(user: str, session: Session) -> str:
-        await insert_item(session, user)
-        if user == "nobody":
-            raise HTTPException(401)
-        return user
-
-    async def audited(session: Session) -> AsyncGenerator[AsyncSession]:
-        yield session
-        await insert_item(session, "torn down")
-
-    CurrentUser = Annotated[str, Depends(current_user)]  # noqa: N806
-
-    router = APIRouter(prefix="/included")
-
-    @app.post("/shared")
-    @router.post("/shared")
-    async def shared(user: CurrentUser, session: Session) -> str:
-        assert session is await db_session(dependency.connect)
-        await add(dependency.connect, "service")
-        await insert_item(session, "endpoint")
-        return user
-
-    @app.post("/sync")
-    def sync(user: CurrentUser) -> str:
-        return user
-
-    @app.post("/exception")
-    async def exception(user: CurrentUser) -> str:
-        raise ValueError(user)
-
-    @app.post("/http-exception")
-    async def http_exception(user: CurrentUser) -> str:
-        raise HTTPException(404, user)
-
-    @app.post("/returned")
-    async def returned(user: CurrentUser) -> JSONResponse:
-        return JSONResponse({}, 404)
-
-    @app.post("/returned-sync")
-    def returned_sync(user: CurrentUser) -> JSONResponse:
-        return JSONResponse({}, 404)
-
-    @app.post("/of-route", status_code=404)
-    @router.post("/of-route", status_code=404)
-    async def of_route(user: CurrentUser) -> str:
-        return user
-
-    @app.post("/of-response")
-    async def of_response(user: CurrentUser, response: Response) -> str:
-        response.status_code = 404
-        return user
-
-    @app.post("/invalid")
-    async def invalid(user: CurrentUser, number: int) -> str:
-        return user
-
-    @app.post("/commit-fails")
-    async def commit_fails(session: Session) -> dict[str, str]:
-        await session.execute(insert(Seat), [{"number": 1}, {"number": 1}])
-        return {}
-
-    @app.post("/teardown")
-    async def teardown(session: Annotated[AsyncSession, Depends(audited)]) -> dict[str, str]:
-        await insert_item(session, "endpoint")
-        return {}
-
-    @app.post("/own")
-    async def own(session: Session) -> dict[str, str]:
-        await insert_item(session, "committed")
-        await session.commit()
-        await insert_item(session, "forgotten")
-        return {}
-
-    @app.post("/late")
-    async def late(session: Session) -> dict[str, str]:
-        commit_after_response()
-        await insert_item(session, "late")
-        return {}
-
-    @app.post("/body")
-    async def body(session: Session) -> StreamingResponse:
-        async def parts() -> AsyncGenerator[str]:
-            await insert_item(session, "body")
-            yield "x"
-
-        return StreamingResponse(parts())
-
-    app.include_router(router)
-    add_middleware(app)
-
-    async def watched(scope: Any, receive: Any, send: Any) -> None:
-        async def look_and_send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                before_response(await database.names())
-            await send(message)
-
-        await app(scope, receive, look_and_send)
-
-    async with http_client(watched) as client:
-        yield client
 
 
 @every_way
@@ -497,15 +346,6 @@ async def test_a_scope_that_somebody_sends_again_is_another_request(
     assert await database.names() == ["1", "2"]
 
 
-async def test_an_application_made_for_each_test_may_have_a_dependency_each_time(
-    connect: DBConnect, database: Database
-) -> None:
-    for _ in range(sys.getrecursionlimit()):
-        dependency = DBSessionDependency(connect)
-    async with served(dependency, database) as client:
-        assert (await client.post("/shared?user=ann")).status_code == 200
-
-
 @every_way
 async def test_without_managed_transactions_nothing_is_committed_for_the_application(
     connect: DBConnect, database: Database, add_middleware: Adder
@@ -515,20 +355,6 @@ async def test_without_managed_transactions_nothing_is_committed_for_the_applica
         assert (await client.post("/own")).status_code == 200
         assert (await client.post("/shared?user=ann")).status_code == 200
     assert await database.names() == ["committed"]
-
-
-async def test_initialize_decides_who_manages_transactions(
-    database_url: URL, database: Database
-) -> None:
-    dependency = DBSessionDependency()
-    await dependency.initialize(database_url, manage_transactions=False)
-    async with served(dependency, database) as client:
-        assert (await client.post("/own")).status_code == 200
-        assert await database.names() == ["committed"]
-        await dependency.initialize(database_url)
-        assert (await client.post("/shared?user=ann")).status_code == 200
-    assert await database.names() == ["committed", "ann", "service", "endpoint"]
-    await dependency.aclose()
 
 
 async def test_a_request_of_which_the_application_has_committed_a_part_is_not_repeated(
@@ -597,125 +423,6 @@ async def test_a_callback_waits_for_the_commit(connect: DBConnect, database: Dat
         await client.post("/404")
         await client.post("/201")
     assert seen == [["201"]]
-
-
-@pytest.mark.parametrize("isolation_level", [None, "SERIALIZABLE"])
-async def test_it_is_initialized_and_closed_in_the_lifespan(
-    database_url: URL, database: Database, isolation_level: Any
-) -> None:
-    dependency = DBSessionDependency()
-    levels: list[str] = []
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        await dependency.initialize(
-            database_url, database_url.password, isolation_level=isolation_level, pool_size=2
-        )
-        yield
-        await dependency.aclose()
-
-    app = FastAPI(lifespan=lifespan)
-
-    @app.post("/")
-    async def endpoint(session: Annotated[AsyncSession, Depends(dependency)]) -> int | None:
-        levels.append((await session.execute(text("SHOW transaction_isolation"))).scalar_one())
-        return dependency.connect.pool_status().capacity
-
-    for _ in range(2):
-        async with http_client(app) as client:
-            assert (await client.post("/")).json() == 12
-            connect = dependency.connect
-        assert connect.engine is None
-        with pytest.raises(RuntimeError, match="not initialized"):
-            _ = dependency.connect
-    assert levels == [(isolation_level or "read committed").lower()] * 2
-
-
-async def test_it_is_initialized_with_a_password_of_its_own() -> None:
-    dependency = DBSessionDependency()
-    await dependency.initialize("postgresql://app@db.example.com/shop", "p@ss/word")
-    engine = await dependency.connect.create_engine()
-    assert (engine.url.username, engine.url.password) == ("app", "p@ss/word")
-
-
-async def test_initialized_twice_it_closes_the_first_connect(tmp_path: Any) -> None:
-    dependency = DBSessionDependency()
-    await dependency.initialize(f"sqlite:///{tmp_path / 'first.db'}", isolation_level=None)
-    first = dependency.connect
-    await first.ping()
-    with pytest.raises(ValueError, match="cannot be read"):
-        await dependency.initialize("")
-    assert first.engine is not None
-    await dependency.initialize("sqlite://", manage_transactions=False)
-    assert first.engine is None
-    await dependency.aclose()
-    await dependency.aclose()
-
-
-async def test_no_request_sees_a_connect_that_is_being_closed(tmp_path: Any) -> None:
-    dependency = DBSessionDependency()
-    url = f"sqlite:///{tmp_path / 'test.db'}"
-    await dependency.initialize(url)
-    first = dependency.connect
-    await first.ping()
-    replacing = [asyncio.create_task(dependency.initialize(url)) for _ in range(2)]
-    await asyncio.sleep(0)
-    assert not replacing[0].done()
-    second = dependency.connect
-    assert second is not first
-    await asyncio.gather(*replacing)
-    assert dependency.connect is second
-    await second.ping()
-    closing = asyncio.create_task(dependency.aclose())
-    await asyncio.sleep(0)
-    assert not closing.done()
-    with pytest.raises(RuntimeError, match="not initialized"):
-        _ = dependency.connect
-    await closing
-    assert (first.engine, second.engine) == (None, None)
-
-
-async def test_a_connect_that_was_given_is_closed_and_kept(connect: DBConnect) -> None:
-    dependency = DBSessionDependency(connect)
-    await connect.ping()
-    await dependency.aclose()
-    assert connect.engine is None
-    assert dependency.connect is connect
-
-
-async def test_before_it_is_initialized_a_request_is_told_what_to_do(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    app = FastAPI()
-
-    @app.post("/")
-    async def endpoint(
-        session: Annotated[AsyncSession, Depends(DBSessionDependency())],
-    ) -> None: ...
-
-    with caplog.at_level(logging.ERROR):
-        async with http_client(app, log_level="error") as client:
-            assert (await client.post("/")).status_code == 500
-    assert "await dependency.initialize(url)" in caplog.text
-
-
-async def test_a_websocket_is_told_what_to_do(connect: DBConnect) -> None:
-    app = FastAPI()
-
-    @app.websocket("/")
-    async def endpoint(
-        websocket: WebSocket,
-        session: Annotated[AsyncSession, Depends(DBSessionDependency(connect))],
-    ) -> None: ...
-
-    async def receive() -> Any:
-        return {"type": "websocket.connect"}
-
-    async def send(_: Any) -> None: ...
-
-    scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "app": app}
-    with pytest.raises(RuntimeError, match="new_db_session_ctx"):
-        await app(scope, receive, send)
 
 
 async def test_a_session_that_the_application_settles_can_be_popped(

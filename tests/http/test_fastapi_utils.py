@@ -19,10 +19,10 @@ from context_async_sqlalchemy.fastapi_utils import (
     add_fastapi_http_db_session_middleware,
     fastapi_http_db_session_middleware,
 )
-from tests.conftest import Database
+from tests.helpers.asgi import add
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import add
 
 
 def add_dispatch(app: FastAPI) -> None:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import URL
 
-from tests.conftest import Database
+from tests.helpers.database import Database
 from tests.helpers.servers import SERVERS, running_server
 
 

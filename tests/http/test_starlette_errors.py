@@ -27,11 +27,9 @@ from context_async_sqlalchemy import (
     starlette_utils,
 )
 from context_async_sqlalchemy.starlette_utils import add_database_exception_handlers
-from tests.conftest import Database, checked_connect, make_connect
-from tests.helpers.proxy import Call, Fault, proxy
-from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import add
-from tests.unit.test_retry import (
+from tests.helpers.asgi import add
+from tests.helpers.database import Database, checked_connect, make_connect
+from tests.helpers.failures import (
     be_one_too_many,
     be_refused,
     be_terminated_between_statements,
@@ -43,6 +41,8 @@ from tests.unit.test_retry import (
     fail_to_serialize,
     violate_a_constraint,
 )
+from tests.helpers.proxy import Call, Fault, proxy
+from tests.helpers.serving import http_client
 
 
 @pytest_asyncio.fixture(params=["asyncpg", "psycopg"])

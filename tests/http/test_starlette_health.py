@@ -19,7 +19,7 @@ from starlette.routing import Route
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
-from tests.conftest import Database, make_connect
+from tests.helpers.database import Database, make_connect
 from tests.helpers.postgres import free_port
 from tests.helpers.programs import until
 from tests.helpers.proxy import Call, Fault, proxy

@@ -27,7 +27,7 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
-from tests.conftest import Database, checked_connect
+from tests.helpers.database import Database, checked_connect
 from tests.helpers.models import Item, Seat
 from tests.helpers.programs import Outside, until
 from tests.helpers.serving import http_client

@@ -24,7 +24,7 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.pytest_plugin import shared_client, shared_session
 from tests.helpers.models import Base, Item
 from tests.helpers.programs import ROOT, Outside
-from tests.testing.test_shared_transaction import Served, names_in
+from tests.helpers.shared import Served, names_in
 
 __all__ = ["shared_client", "shared_session"]  # fixtures
 

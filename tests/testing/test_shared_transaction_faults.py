@@ -23,21 +23,13 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.pytest_plugin import shared_client
 from context_async_sqlalchemy.test_utils import shared_transaction
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.models import Item
 from tests.helpers.programs import Outside, until
-from tests.testing.test_shared_transaction import (
-    Served,
-    in_process,
-    names_after,
-    names_in,
-    served,
-    shared,
-    tested,
-)
+from tests.helpers.shared import Served, names_after, names_in
 
-__all__ = ["in_process", "served", "shared", "shared_client", "tested"]  # fixtures
+__all__ = ["shared_client"]  # a fixture
 
 postgresql_only = pytest.mark.parametrize("tested", ["asyncpg", "psycopg"], indirect=True)
 

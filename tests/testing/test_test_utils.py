@@ -30,10 +30,10 @@ from context_async_sqlalchemy.test_utils import (
     rollback_session,
     set_test_context,
 )
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
+from tests.helpers.mocks import connect_mock
 from tests.helpers.models import Item
-from tests.unit.test_context import connect_mock
 
 
 @pytest_asyncio.fixture

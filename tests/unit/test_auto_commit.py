@@ -27,10 +27,10 @@ from context_async_sqlalchemy import (
     put_db_session_to_context,
     rollback_all_sessions,
 )
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
+from tests.helpers.mocks import connect_mock, session_mock
 from tests.helpers.models import Item, Seat
-from tests.unit.test_context import connect_mock, session_mock
 
 
 @pytest.mark.parametrize(

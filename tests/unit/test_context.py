@@ -8,7 +8,7 @@ import logging
 import weakref
 from contextvars import Context, ContextVar
 from typing import Any
-from unittest.mock import AsyncMock, MagicMock, Mock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from sqlalchemy import select
@@ -33,19 +33,10 @@ from context_async_sqlalchemy import (
     rollback_all_sessions,
 )
 from context_async_sqlalchemy.shield import run_to_completion
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
+from tests.helpers.mocks import connect_mock, session_mock
 from tests.helpers.models import Item
-
-
-def session_mock(in_transaction: bool = False) -> Any:
-    session = MagicMock(spec=AsyncSession)
-    session.in_transaction.return_value = in_transaction
-    return session
-
-
-def connect_mock(key: str = "key") -> Any:
-    return Mock(spec=["context_key"], context_key=key)
 
 
 async def test_without_a_context_every_function_says_what_to_use() -> None:

@@ -40,12 +40,12 @@ from context_async_sqlalchemy.fastapi_utils import (
     fastapi_http_db_session_middleware,
 )
 from context_async_sqlalchemy.release import close_sessions
-from tests.conftest import Database
+from tests.helpers.asgi import app_of, call, http_scope
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.programs import until
 from tests.helpers.proxy import Call, Fault, proxy
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import app_of, call, http_scope
 
 THRESHOLD = 0.2  # seconds; what is quick takes a hundredth of it
 

@@ -27,11 +27,11 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
-from tests.conftest import Database
+from tests.helpers.asgi import add, app_of, call, respond
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database, assert_clean
 from tests.helpers.models import Item
 from tests.helpers.serving import http_client
-from tests.http.test_asgi_utils import add, app_of, call, respond
 
 HINT = "run_in_new_ctx"
 
@@ -54,17 +54,6 @@ async def statement_is_running(database: Database) -> None:
     async with asyncio.timeout(10):
         while not any(state.startswith("active") for state in await database.states()):
             await asyncio.sleep(0)
-
-
-async def assert_clean(connect: DBConnect, database: Database) -> None:
-    """Check that the pool is whole, and that nothing is in a transaction or a statement."""
-    # It takes the server a moment to notice a connection that was cut.
-    with suppress(TimeoutError):
-        async with asyncio.timeout(10):
-            while connections_out(connect) or await database.states():
-                await asyncio.sleep(0.001)
-            return
-    assert (connections_out(connect), await database.states()) == (0, [])
 
 
 def app_with_child(

@@ -16,8 +16,8 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     run_in_new_ctx,
 )
-from tests.conftest import Database
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.models import Item
 
 
