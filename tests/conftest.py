@@ -29,6 +29,7 @@ pytest.register_assert_rewrite(
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database, checked_connect, make_connect, server_url
 from tests.helpers.models import Base
+from tests.helpers.names import unique_name
 from tests.helpers.postgres import postgres_server
 from tests.helpers.programs import Outside, connects_of, load_program
 
@@ -59,28 +60,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def database_url(worker_id: str) -> Generator[URL]:
-    """Return the URL of this worker's own database."""
+def database_url() -> Generator[URL]:
+    """Return the URL of a database that this worker has made for itself, and drops at the end."""
     server = server_url()
-    name = f"context_async_sqlalchemy_{worker_id}{os.environ.get('TEST_THROUGH', '')}"
+    name = unique_name("context_async_sqlalchemy")
     url = server.set(database=name)
-
-    async def run(url: URL, *statements: str) -> None:
-        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-        async with engine.connect() as connection:
-            for statement in statements:
-                await connection.execute(text(statement))
 
     async def create_tables() -> None:
         engine = create_async_engine(url, poolclass=NullPool)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
 
-    drop = f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"
-    asyncio.run(run(server, drop, f"CREATE DATABASE {name}"))
-    asyncio.run(create_tables())
-    yield url
-    asyncio.run(run(server, drop))
+    async def run(statement: str) -> None:
+        engine = create_async_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        async with engine.connect() as connection:
+            await connection.execute(text(statement))
+
+    asyncio.run(run(f"CREATE DATABASE {name}"))
+    try:
+        asyncio.run(create_tables())
+        yield url
+    finally:
+        asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest_asyncio.fixture

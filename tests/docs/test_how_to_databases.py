@@ -23,6 +23,7 @@ from context_async_sqlalchemy import (
 )
 from tests.helpers.cluster import primary_and_standby
 from tests.helpers.database import Database
+from tests.helpers.names import unique_name
 from tests.helpers.pgbouncer import pgbouncer, pgbouncer_binary
 from tests.helpers.postgres import PASSWORD_ROLE, frozen
 from tests.helpers.programs import Outside, is_all_closed, load_program, until
@@ -86,10 +87,10 @@ async def test_the_options_of_the_session_are_those_of_the_page(visits: Any) -> 
 
 
 @pytest_asyncio.fixture
-async def role(database: Database, worker_id: str) -> AsyncGenerator[str]:
+async def role(database: Database) -> AsyncGenerator[str]:
     """Return a role that needs a password, "old" at first."""
-    name = f"{PASSWORD_ROLE}_how_to_{worker_id}"
-    await database.execute(f"DROP ROLE IF EXISTS {name}; CREATE ROLE {name} LOGIN PASSWORD 'old'")
+    name = unique_name(PASSWORD_ROLE)
+    await database.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'old'")
     yield name
     await database.execute(f"DROP ROLE {name}")
 

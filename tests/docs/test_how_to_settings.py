@@ -28,6 +28,7 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
+from tests.helpers.names import unique_name
 from tests.helpers.programs import Outside, until
 from tests.helpers.serving import http_client
 
@@ -35,11 +36,11 @@ ACME, GLOBEX = {"X-Tenant": "acme"}, {"X-Tenant": "globex"}
 
 
 @pytest_asyncio.fixture
-async def role_url(database_url: URL, database: Database, worker_id: str) -> AsyncGenerator[URL]:
+async def role_url(database_url: URL, database: Database) -> AsyncGenerator[URL]:
     """Return the URL of a role that is no superuser, as whom row level security holds."""
-    name = f"context_async_sqlalchemy_tenants_{worker_id}"
+    name = unique_name("context_async_sqlalchemy_tenants")
     await database.execute(
-        f"DROP ROLE IF EXISTS {name}; CREATE ROLE {name} LOGIN PASSWORD '{name}';"
+        f"CREATE ROLE {name} LOGIN PASSWORD '{name}';"
         f"GRANT CREATE ON DATABASE {database_url.database} TO {name};"
         f"GRANT CREATE ON SCHEMA public TO {name}"
     )

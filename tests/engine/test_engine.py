@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from context_async_sqlalchemy.engine import EngineOptions, create_engine, parse_url
 from tests.helpers.database import Database
+from tests.helpers.names import unique_name
 from tests.helpers.postgres import PASSWORD_ROLE, free_port
 
 # Not in one piece: a traceback shows the lines of this file.
@@ -395,11 +396,10 @@ def test_sqlite_refuses_the_drivers_other_way_to_begin() -> None:
 
 
 @pytest_asyncio.fixture
-async def role(database: Database, worker_id: str) -> AsyncGenerator[str]:
+async def role(database: Database) -> AsyncGenerator[str]:
     """Return the name of a role that has the odd password."""
-    name = f"{PASSWORD_ROLE}_{worker_id}"
+    name = unique_name(PASSWORD_ROLE)
     quoted = ODD_PASSWORD.replace("'", "''")
-    await database.execute(f"DROP ROLE IF EXISTS {name}")
     await database.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{quoted}'")
     yield name
     await database.execute(f"DROP ROLE {name}")

@@ -17,6 +17,7 @@ from context_async_sqlalchemy.redaction import hide_password
 from tests.helpers.asgi import add
 from tests.helpers.database import Database
 from tests.helpers.models import Item
+from tests.helpers.names import unique_name
 from tests.helpers.postgres import PASSWORD_ROLE, free_port
 
 SECRET = "pa@ss:w/o?r#d %41 ü"
@@ -52,8 +53,7 @@ async def test_a_file_of_sqlite_is_all_it_takes(tmp_path: Path) -> None:
 async def test_the_password_may_be_apart_and_hold_any_character(
     database_url: URL, database: Database
 ) -> None:
-    role = f"{PASSWORD_ROLE}_from_url"
-    await database.execute(f"DROP ROLE IF EXISTS {role}")
+    role = unique_name(PASSWORD_ROLE)
     await database.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{SECRET}'")
     try:
         async with DBConnect.from_url(database_url.set(username=role), SECRET) as connect:
@@ -176,8 +176,7 @@ async def test_the_password_is_shown_nowhere(
     database_url: URL, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    role = f"{PASSWORD_ROLE}_shown_nowhere"
-    await database.execute(f"DROP ROLE IF EXISTS {role}")
+    role = unique_name(PASSWORD_ROLE)
     await database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'another'")
     shown: list[str] = []
     try:

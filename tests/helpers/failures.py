@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy import DBConnect, db_session, new_non_ctx_session
 from tests.helpers.database import Database, make_connect
 from tests.helpers.models import Item
+from tests.helpers.names import unique_name
 from tests.helpers.postgres import free_port
 
 
@@ -85,10 +86,12 @@ async def be_refused(connect: DBConnect, _: Database) -> None:
 
 
 async def be_one_too_many(connect: DBConnect, database: Database) -> None:
-    await database.execute(
-        "DROP ROLE IF EXISTS limited; CREATE ROLE limited LOGIN CONNECTION LIMIT 0"
-    )
-    await connect_with(connect, username="limited")
+    role = unique_name("context_async_sqlalchemy_limited")
+    await database.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
+    try:
+        await connect_with(connect, username=role)
+    finally:
+        await database.execute(f"DROP ROLE {role}")
 
 
 async def connect_with(connect: DBConnect, **changes: Any) -> None:

