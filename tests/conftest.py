@@ -1,6 +1,6 @@
 """Fixtures: a database for each worker, connects to it, and a view of what it really holds."""
 
-# ruff: noqa: E402
+# ruff: noqa: E402 - pytest must know of the helpers that assert before they are imported
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from context_async_sqlalchemy import DBConnect
 
-# It rewrites the assertions of tests and of conftests by itself, so that they show their values.
+# So that a failed assertion shows its values: by itself, pytest cares for tests and conftests only.
 pytest.register_assert_rewrite(
     *("tests.helpers.database", "tests.helpers.dependency", "tests.helpers.failures"),
     *("tests.helpers.integrations", "tests.helpers.shared"),
