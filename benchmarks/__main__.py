@@ -36,7 +36,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.run import Run
 from benchmarks.sections import SECTIONS
 from benchmarks.tables import reach_table, terminal_tables
-from examples.postgres import free_port, new_server
+from tests.helpers.postgres import free_port, new_server
 
 RESULTS = Path(__file__).with_name("results.json")
 PACKAGES = (

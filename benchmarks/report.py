@@ -71,8 +71,9 @@ def render(results: Any) -> dict[str, str]:
         ),
         "## Contenders\n",
         "Each contender is a small application with the same routes, the same statements and an "
-        "engine with the same pool. `tests/test_benchmarks.py` checks that all of them send the "
-        "same statements, commit the same rows and give the same answers. How they differ:\n",
+        "engine with the same pool. `tests/benchmarks/test_benchmarks.py` checks that all of "
+        "them send the same statements, commit the same rows and give the same answers. How they "
+        "differ:\n",
         _table(["contender", "with", ""], _contenders()),
         "## Goals\n",
         _table(["", "goal", "measured", "reached"], [goal_cells(goal) for goal in goals(results)]),

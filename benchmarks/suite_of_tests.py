@@ -24,7 +24,7 @@ from starlette.routing import Route
 from context_async_sqlalchemy import DBConnect, db_session, new_non_ctx_atomic_session
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
 from context_async_sqlalchemy.test_utils import shared_transaction
-from examples.postgres import free_port, new_server
+from tests.helpers.postgres import free_port, new_server
 
 ROUNDS = 7
 TESTS = 100

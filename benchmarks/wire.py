@@ -15,7 +15,7 @@ from benchmarks.requests import measure, request
 from benchmarks.run import Run, rotated
 from benchmarks.work import CREATE, DROP
 from context_async_sqlalchemy.asgi_types import ASGIApp
-from tests.proxy import Call, Fault, proxy
+from tests.helpers.proxy import Call, Fault, proxy
 
 WARM_UP = 3
 ROUTES = ("nothing", "select", "insert", "five", "change")

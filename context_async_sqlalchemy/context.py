@@ -16,7 +16,10 @@ from context_async_sqlalchemy._unit.context import (
     open_context,
 )
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.exceptions import ContextAlreadyInitiatedError
+from context_async_sqlalchemy.exceptions import (
+    ContextAlreadyInitiatedError as ContextAlreadyInitiatedError,
+    ContextNotInitiatedError as ContextNotInitiatedError,
+)
 
 
 def init_db_session_ctx(force: bool = False) -> Token[DBSessionContext | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import secrets
 import tempfile
 from collections.abc import Generator
 
@@ -18,7 +19,8 @@ from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 
 # The workers of pytest-xdist inherit it from the process that has started the server.
 SERVER = os.environ.get("TEST_DATABASE_URL")
-DATABASE = f"context_async_sqlalchemy_examples_{os.environ.get('PYTEST_XDIST_WORKER', 'master')}"
+# No other run has it, be it another worker, or another copy of the examples.
+DATABASE = f"context_async_sqlalchemy_examples_{secrets.token_hex(8)}"
 
 _directory = tempfile.TemporaryDirectory()
 
@@ -38,17 +40,15 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def database() -> Generator[None]:
-    """Create the database of this worker, where it is not a file."""
-    drop = f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)"
-    asyncio.run(_on_server(drop, f"CREATE DATABASE {DATABASE}"))
+    """Create the database of this worker, where it is not a file, and drop it at the end."""
+    asyncio.run(_on_server(f"CREATE DATABASE {DATABASE}"))
     yield
-    asyncio.run(_on_server(drop))
+    asyncio.run(_on_server(f"DROP DATABASE {DATABASE} WITH (FORCE)"))
 
 
-async def _on_server(*statements: str) -> None:
+async def _on_server(statement: str) -> None:
     if SERVER is None:
         return
     connect = DBConnect.from_url(SERVER, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     async with connect, new_non_ctx_session(connect) as session:
-        for statement in statements:
-            await session.execute(text(statement))
+        await session.execute(text(statement))

@@ -30,7 +30,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from examples.serving import http_client
+from tests.helpers.serving import http_client
 
 
 class Base(DeclarativeBase):
@@ -174,7 +174,7 @@ async def run(url: URL, console: Console) -> bool:
                 sorted(names - known),
                 counter.committed,
                 counter.rolled_back,
-                connections_out(connect),
+                connect.pool_status().checked_out,
             )
             known = names
             good += seen == expected
@@ -193,11 +193,6 @@ async def wait_for_transactions(counter: TransactionCounter, count: int) -> None
         async with asyncio.timeout(5):
             while counter.committed + counter.rolled_back < count:
                 await asyncio.sleep(0.01)
-
-
-def connections_out(connect: DBConnect) -> int:
-    """Return how many connections are out of the pool."""
-    return connect.pool_status().checked_out
 
 
 @asynccontextmanager

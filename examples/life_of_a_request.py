@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from examples.serving import http_client
+from tests.helpers.serving import http_client
 
 
 class Base(DeclarativeBase):

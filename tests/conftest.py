@@ -1,32 +1,37 @@
 """Fixtures: a database for each worker, connects to it, and a view of what it really holds."""
 
+# ruff: noqa: E402 - pytest must know of the helpers that assert before they are imported
+
 from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 import pytest_asyncio
-from sqlalchemy import URL, NullPool, make_url, text
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
+import stamina
+from sqlalchemy import URL, NullPool, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from context_async_sqlalchemy import DBConnect
-from examples.demo import connections_out
-from examples.postgres import postgres_server
-from tests.models import Base
-from tests.pgbouncer import CONNECT_ARGS
-from tests.programs import Outside, connects_of, load_program
+
+# So that a failed assertion shows its values: by itself, pytest cares for tests and conftests only.
+pytest.register_assert_rewrite(
+    *("tests.helpers.database", "tests.helpers.dependency", "tests.helpers.failures"),
+    *("tests.helpers.integrations", "tests.helpers.shared"),
+)
+
+from tests.helpers.connections import connections_out
+from tests.helpers.database import Database, checked_connect, make_connect, server_url
+from tests.helpers.models import Base
+from tests.helpers.names import unique_name
+from tests.helpers.postgres import postgres_server
+from tests.helpers.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
 
@@ -54,118 +59,29 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(value)
 
 
-def _server() -> URL:
-    return make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
-
-
 @pytest.fixture(scope="session")
-def database_url(worker_id: str) -> Generator[URL]:
-    """Return the URL of this worker's own database."""
-    server = _server()
-    name = f"context_async_sqlalchemy_{worker_id}{os.environ.get('TEST_THROUGH', '')}"
+def database_url() -> Generator[URL]:
+    """Return the URL of a database that this worker has made for itself, and drops at the end."""
+    server = server_url()
+    name = unique_name("context_async_sqlalchemy")
     url = server.set(database=name)
-
-    async def run(url: URL, *statements: str) -> None:
-        engine = create_async_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-        async with engine.connect() as connection:
-            for statement in statements:
-                await connection.execute(text(statement))
 
     async def create_tables() -> None:
         engine = create_async_engine(url, poolclass=NullPool)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
 
-    drop = f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"
-    asyncio.run(run(server, drop, f"CREATE DATABASE {name}"))
-    asyncio.run(create_tables())
-    yield url
-    asyncio.run(run(server, drop))
+    async def run(statement: str) -> None:
+        engine = create_async_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        async with engine.connect() as connection:
+            await connection.execute(text(statement))
 
-
-class Database:
-    """The real contents of the database, seen through a separate connection."""
-
-    def __init__(self, connection: asyncpg.Connection) -> None:
-        self._connection = connection
-
-    async def empty(self) -> None:
-        """Delete every row."""
-        await self._connection.execute("TRUNCATE item, seat, purse, ledger RESTART IDENTITY")
-
-    async def names(self) -> list[str]:
-        """Return the names of the committed items, in the order they were made."""
-        return [
-            r["name"] for r in await self._connection.fetch("SELECT name FROM item ORDER BY id")
-        ]
-
-    async def seats(self) -> list[int]:
-        """Return the numbers of the committed seats, in the order they were made."""
-        rows = await self._connection.fetch("SELECT number FROM seat ORDER BY id")
-        return [r["number"] for r in rows]
-
-    async def states(self) -> list[str]:
-        """Return the state and query of every other connection that is not idle."""
-        rows = await self._connection.fetch(
-            "SELECT state || ': ' || query AS state FROM pg_stat_activity"
-            " WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND state <> 'idle' AND backend_type = 'client backend'"
-        )
-        return [r["state"] for r in rows]
-
-    async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
-        """Return the rows of a query."""
-        return [tuple(row) for row in await self._connection.fetch(statement)]
-
-    async def execute(self, statements: str) -> None:
-        """Run statements, each committed on its own."""
-        await self._connection.execute(statements)
-
-    async def pid_of(self, statement: str) -> int | None:
-        """Return the PID of the backend running a statement LIKE this, if any."""
-        pid: int | None = await self._connection.fetchval(
-            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-            " AND state = 'active' AND query LIKE $1 AND pid <> pg_backend_pid()",
-            statement,
-        )
-        return pid
-
-    async def backends(self) -> list[int]:
-        """Return the PID of every other connection."""
-        rows = await self._connection.fetch(
-            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
-        )
-        return [r["pid"] for r in rows]
-
-    async def terminate(self, pid: int) -> None:
-        """End another connection on the server's side, and wait until it is gone."""
-        assert await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
-
-    async def terminate_any(self) -> None:
-        """End one of the other connections, if any; it may end by itself first."""
-        if backends := await self.backends():
-            pid = random.choice(backends)
-            await self._connection.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
-
-    async def is_left_by_all(self) -> None:
-        """Wait until no other connection is left: a backend ends a moment after its client."""
-        async with asyncio.timeout(10):
-            while await self.backends():
-                await asyncio.sleep(0.001)
-
-    async def is_quiet(self) -> None:
-        """Wait until no other connection is in a transaction, not even one that was just cut."""
-        try:
-            async with asyncio.timeout(10):
-                while await self.states():
-                    await asyncio.sleep(0.001)
-        except TimeoutError:
-            pytest.fail(f"a connection is still in a transaction: {await self.states()}")
-
-    async def connections(self) -> int:
-        """Return how many other connections there are."""
-        return len(await self.backends())
+    asyncio.run(run(f"CREATE DATABASE {name}"))
+    try:
+        asyncio.run(create_tables())
+        yield url
+    finally:
+        asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest_asyncio.fixture
@@ -209,39 +125,6 @@ async def sqlite_connect(tmp_path: Path) -> AsyncGenerator[DBConnect]:
     await connect.close()
 
 
-def make_connect(url: URL | str, **options: Any) -> DBConnect:
-    """Make a connect with the host of `url`, or "file" if it has none."""
-
-    def create_engine(host: str) -> AsyncEngine:
-        target = make_url(url)
-        if "TEST_THROUGH" in os.environ and target.port == _server().port:
-            # The application connects through PgBouncer; observers connect directly.
-            target = target.set(port=int(os.environ["TEST_THROUGH"]))
-            options.setdefault("connect_args", CONNECT_ARGS)
-        return create_async_engine(
-            target.set(host=host) if target.host else target, **{"pool_size": 5} | options
-        )
-
-    def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
-        return async_sessionmaker(engine, expire_on_commit=False)
-
-    return DBConnect(create_engine, create_session_maker, host=make_url(url).host or "file")
-
-
-@asynccontextmanager
-async def checked_connect(
-    url: URL, database: Database, **options: Any
-) -> AsyncGenerator[DBConnect]:
-    """Make a connect for a test; at the end, the pool is whole and no transaction is open."""
-    connect = make_connect(url, **options)
-    yield connect
-    try:
-        assert connections_out(connect) == 0, "a connection is still out of the pool"
-        await database.is_quiet()
-    finally:
-        await connect.close()
-
-
 @pytest.fixture
 def postgresql(database_url: URL, database: Database) -> str:
     """Return the URL of the database, emptied, for a program."""
@@ -273,3 +156,10 @@ async def load(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Callable[[str,
             assert connect.engine is None, "the program has not closed its connect"
         async with Outside(url).connection() as connection:
             await connection.run_sync(program.Base.metadata.drop_all)
+
+
+@pytest.fixture
+def no_pauses() -> Generator[None]:
+    """Let stamina make three attempts, without a pause between them."""
+    with stamina.set_testing(True, attempts=3):
+        yield

@@ -22,9 +22,9 @@ from rich.table import Table
 from sqlalchemy import URL, NullPool, make_url, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from examples.postgres import postgres_server
-from tests.models import Base, Item
-from tests.servers import running_server
+from tests.helpers.models import Base, Item
+from tests.helpers.postgres import postgres_server
+from tests.helpers.servers import running_server
 
 REQUESTS = 20_000
 WARM_UP = 1_000

@@ -6,7 +6,7 @@ What lies behind knows real engines and sessions only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, NullPool, create_engine
@@ -36,17 +36,31 @@ def real_session(session: AsyncSession) -> AsyncSession:
     return _StandIn(session)
 
 
+def note_settled(sessions: Iterable[AsyncSession]) -> None:
+    """Settle a mock once in a request: it says at any time that it is in a transaction.
+
+    One that was rolled back with a 404 would be committed when the body ends. A fake that tells the
+    truth is settled again.
+    """
+    for session in sessions:
+        if isinstance(session, _StandIn):
+            session.is_settled = session.is_settled or session.in_transaction()
+
+
 class _StandIn(AsyncSession):
     def __init__(self, mock: Any) -> None:
         super().__init__()
         self._mock = mock
-        self._is_settled = False
+        self.is_settled = False
 
     def __repr__(self) -> str:
         return repr(self._mock)
 
     def in_transaction(self) -> bool:
-        return not self._is_settled and self._says_in_transaction()
+        answer = self._mock.in_transaction()
+        if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
+            answer.close()
+        return bool(answer) and not self.is_settled
 
     def begin(self) -> AsyncSessionTransaction:
         return _StandInTransaction(self, self._mock.begin())
@@ -58,14 +72,10 @@ class _StandIn(AsyncSession):
         await self._mock.flush()
 
     async def commit(self) -> None:
-        # A mock says at any time that it is in a transaction: one that was rolled back with a 404
-        # would be committed when the body ends. A fake that tells the truth is settled again.
         await self._mock.commit()
-        self._is_settled = self._says_in_transaction()
 
     async def rollback(self) -> None:
         await self._mock.rollback()
-        self._is_settled = self._says_in_transaction()
 
     async def close(self) -> None:
         await self._mock.close()
@@ -75,12 +85,6 @@ class _StandIn(AsyncSession):
             await self._mock.invalidate()
         except Exception:
             logger.exception("The connection of a database session could not be discarded")
-
-    def _says_in_transaction(self) -> bool:
-        answer = self._mock.in_transaction()
-        if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
-            answer.close()
-        return bool(answer)
 
 
 class _StandInTransaction(AsyncSessionTransaction):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from context_async_sqlalchemy._engine.border import note_settled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import is_in_use, wait_until_idle
 from context_async_sqlalchemy._unit.context import DBSessionContext
@@ -65,6 +66,7 @@ class SettlingSend:
             if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
                 await wait_until_idle(sessions)
             await settle(self.context, commit=commit, before_commit=self.before_commit)
+            note_settled(self.context.sessions)
 
 
 def _runs_in_another_task(app: ASGIApp) -> bool:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import uvicorn
 from sqlalchemy import make_url
 
-from examples.cluster import primary_and_standby
+from tests.helpers.cluster import primary_and_standby
 
 
 def main() -> None:

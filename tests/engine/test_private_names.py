@@ -25,7 +25,7 @@ from starlette.routing import Route
 import context_async_sqlalchemy
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy._engine import private_names
-from tests.conftest import Database
+from tests.helpers.database import Database
 
 PACKAGE = Path(context_async_sqlalchemy.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -10,9 +10,9 @@ import pytest_asyncio
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from examples.serving import http_client
 from examples.workflows.database import connect
 from examples.workflows.models import Note
+from tests.helpers.serving import http_client
 
 __all__ = ["client", "session"]
 

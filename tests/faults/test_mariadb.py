@@ -1,0 +1,208 @@
+"""What is promised holds on MariaDB, with the drivers for MySQL."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import sqlalchemy
+from packaging.version import Version
+from sqlalchemy import URL, insert, select, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from context_async_sqlalchemy import (
+    CommitOutcomeUnknownError,
+    DBConnect,
+    atomic_db_session,
+    db_session,
+    is_transient_error,
+    new_db_session_ctx,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+)
+from context_async_sqlalchemy.asgi_types import Scope
+from tests.helpers.asgi import add, app_of, call, http_scope
+from tests.helpers.cancelling import cancel_at
+from tests.helpers.mariadb import mariadb, mariadb_binary
+from tests.helpers.models import Item
+from tests.helpers.programs import until
+
+pytestmark = pytest.mark.skipif(
+    mariadb_binary() is None, reason="mariadbd is not installed: apt-get install mariadb-server"
+)
+installed = Version(sqlalchemy.__version__)
+PID = text("SELECT connection_id()")
+
+
+@pytest.fixture(scope="module")
+def server() -> Generator[URL]:
+    with mariadb() as url:
+        yield url
+
+
+@pytest.fixture(params=["mariadb", "mysql+aiomysql"])
+def url(server: URL, request: pytest.FixtureRequest) -> URL:
+    return server.set(drivername=request.param)
+
+
+@pytest_asyncio.fixture
+async def connect(url: URL) -> AsyncGenerator[DBConnect]:
+    """Return a connect to an empty table, and check that every connection comes home."""
+    async with DBConnect.from_url(url) as connect:
+        async with new_non_ctx_atomic_session(connect) as session:
+            connection = await session.connection()
+            await connection.run_sync(Item.metadata.tables["item"].drop, checkfirst=True)
+            await connection.run_sync(Item.metadata.tables["item"].create)
+        yield connect
+        assert connect.pool_status().checked_out == 0
+
+
+async def names(connect: DBConnect) -> list[str]:
+    async with new_non_ctx_session(connect) as session:
+        return list(await session.scalars(select(Item.name).order_by(Item.id)))
+
+
+async def test_a_success_is_stored_and_a_refusal_is_not(connect: DBConnect) -> None:
+    async def handler(scope: Scope) -> int:
+        await add(connect, scope["path"])
+        return 404 if scope["path"] == "/b" else 201
+
+    app = app_of(handler)
+    for path in ("/a", "/b", "/c"):
+        await call(app, http_scope(path))
+    with pytest.raises(IntegrityError):
+        await call(app, http_scope("/a"))
+    assert await names(connect) == ["/a", "/c"]
+
+
+async def test_a_savepoint_fails_alone(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        await add(connect, "a")
+        with suppress(IntegrityError):
+            async with atomic_db_session(connect, "savepoint"):
+                await add(connect, "b", "a")
+    assert await names(connect) == ["a"]
+
+
+@pytest.mark.skipif(
+    installed < Version("2.0.55") or Version("2.1") <= installed < Version("2.1.2"),
+    reason="a connection whose return was cancelled waits for the garbage collector",
+)
+@pytest.mark.parametrize("kind", ["asyncio", "anyio"])
+async def test_a_request_is_cancelled_at_every_suspension(connect: DBConnect, kind: str) -> None:
+    sent: list[str] = []
+
+    async def handler(scope: Scope) -> int:
+        await add(connect, scope["path"])
+        return 201
+
+    async def request(path: str) -> None:
+        if await call(app_of(handler), http_scope(path)):
+            sent.append(path)
+
+    for number in itertools.count(1):
+        suspensions = await cancel_at(number, request(f"/{number}"), kind)
+        await until(lambda: connect.pool_status().checked_out == 0)
+        assert set(sent) <= set(await names(connect))
+        if suspensions < number:
+            break
+    assert "/1" not in await names(connect)
+    assert sent[-1] == f"/{number}"
+
+
+@asynccontextmanager
+async def losing_the_commit(server: URL, is_heard: bool) -> AsyncGenerator[int]:
+    """Pass on what clients and the server say until a COMMIT, which the server hears or not."""
+
+    async def pass_on(client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        upstream, to_server = await asyncio.open_connection(server.host, server.port)
+        answering = asyncio.create_task(copy(upstream, to_client))
+        try:
+            while data := await client.read(65536):
+                if data[5:] == b"COMMIT":  # after the length, the number and the kind of a packet
+                    answering.cancel()
+                    await asyncio.wait([answering])
+                    if is_heard:
+                        to_server.write(data)
+                        await upstream.read(1)
+                    break
+                to_server.write(data)
+        finally:
+            to_server.close()
+            to_client.close()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+
+    async with await asyncio.start_server(pass_on, "127.0.0.1", 0) as relay:
+        yield relay.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("is_heard", [False, True])
+async def test_nobody_knows_what_became_of_a_commit_that_was_lost(
+    connect: DBConnect, url: URL, is_heard: bool
+) -> None:
+    async with (
+        losing_the_commit(url, is_heard) as port,
+        DBConnect.from_url(url.set(port=port)) as losing,
+    ):
+        with pytest.raises(CommitOutcomeUnknownError) as caught:
+            async with new_db_session_ctx():
+                await add(losing, "a")
+        assert not is_transient_error(caught.value)
+        assert losing.pool_status().checked_out == 0
+    assert await names(connect) == (["a"] if is_heard else [])
+
+
+async def test_a_connection_that_was_killed_while_idle_is_replaced(
+    connect: DBConnect, url: URL
+) -> None:
+    async def pid(connect: DBConnect) -> Any:
+        async with new_non_ctx_session(connect) as session:
+            return await session.scalar(PID)
+
+    async def kill(pid: int) -> None:
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text(f"KILL {pid}"))
+
+    async with DBConnect.from_url(url) as not_pinging:
+        await kill(await pid(not_pinging))
+        with pytest.raises(OperationalError) as caught:
+            await pid(not_pinging)
+        assert is_transient_error(caught.value)
+    async with DBConnect.from_url(url, pool_pre_ping=True, ping_after_idle=0.001) as pinging:
+        killed = await pid(pinging)
+        await kill(killed)
+        await asyncio.sleep(0.002)  # so that it is pinged
+        assert await pid(pinging) != killed
+
+
+async def test_a_request_that_was_chosen_by_a_deadlock_is_tried_again(connect: DBConnect) -> None:
+    async with new_non_ctx_atomic_session(connect) as session:
+        await session.execute(insert(Item).values([{"name": "a"}, {"name": "b"}]))
+    mark = text("UPDATE item SET name = CONCAT(name, :mark) WHERE id = :number")
+    both_have_one = asyncio.Barrier(2)
+    attempts = 0
+
+    async def handler(scope: Scope) -> int:
+        nonlocal attempts
+        attempts += 1
+        session = await db_session(connect)
+        first, second = scope["path"][1:]
+        await session.execute(mark, {"mark": first, "number": first})
+        if attempts <= 2:
+            await both_have_one.wait()
+        await session.execute(mark, {"mark": first, "number": second})
+        return 201
+
+    app = app_of(handler, attempts=3)
+    answers = await asyncio.gather(*(call(app, http_scope(path)) for path in ("/12", "/21")))
+    assert [messages[0]["status"] for messages in answers] == [201, 201]
+    assert attempts == 3
+    assert [sorted(name) for name in await names(connect)] == [["1", "2", "a"], ["1", "2", "b"]]

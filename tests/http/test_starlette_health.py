@@ -1,0 +1,248 @@
+"""The health of a database, and the lifespan that closes it, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import URL, text
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
+from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
+from tests.helpers.database import Database, make_connect
+from tests.helpers.postgres import free_port
+from tests.helpers.programs import until
+from tests.helpers.proxy import Call, Fault, proxy
+from tests.helpers.serving import http_client
+
+
+def make_starlette(connect: DBConnect, **options: Any) -> Starlette:
+    return Starlette(routes=[Route("/health", database_health(connect, **options))])
+
+
+def make_added(connect: DBConnect, **options: Any) -> Starlette:
+    app = Starlette()
+    app.add_route("/health", database_health(connect, **options))
+    return app
+
+
+def make_fastapi(connect: DBConnect, **options: Any) -> Starlette:
+    app = FastAPI()
+    app.add_api_route("/health", database_health(connect, **options))
+    return app
+
+
+async def health_of(app: Starlette) -> tuple[int, Any]:
+    async with http_client(app) as client:
+        response = await client.get("/health")
+    assert response.headers["cache-control"] == "no-store"
+    return response.status_code, response.json()
+
+
+EMPTY = {"size": 5, "checked_in": 0, "checked_out": 0, "overflow": 0, "capacity": 15}
+
+
+@pytest.mark.parametrize("make_app", [make_starlette, make_added, make_fastapi])
+async def test_a_database_that_answers_is_healthy(
+    connect: DBConnect, database: Database, make_app: Any
+) -> None:
+    assert await health_of(make_app(connect)) == (200, {"healthy": True, "pool": EMPTY})
+    await database.is_left_by_all()
+
+
+async def test_a_full_pool_is_shown_and_not_waited_for(
+    database_url: URL, database: Database
+) -> None:
+    async with (
+        make_connect(database_url, pool_size=1, max_overflow=1) as connect,
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(2):
+            session = await stack.enter_async_context(new_non_ctx_session(connect))
+            await session.execute(text("SELECT 1"))
+        pool = {"size": 1, "checked_in": 0, "checked_out": 2, "overflow": 1, "capacity": 2}
+        assert await health_of(make_starlette(connect)) == (200, {"healthy": True, "pool": pool})
+        assert await database.connections() == 2
+
+
+async def test_a_database_that_is_away_is_not_healthy_and_its_password_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = f"postgresql://app:hunter2@127.0.0.1:{free_port()}/shop"
+    async with DBConnect.from_url(url) as connect:
+        with caplog.at_level(logging.WARNING, "context_async_sqlalchemy"):
+            status, body = await health_of(make_starlette(connect))
+    assert (status, body) == (503, {"healthy": False, "pool": EMPTY})
+    [record] = [r for r in caplog.records if r.name == "context_async_sqlalchemy"]
+    assert "ConnectionRefusedError" in record.getMessage()
+    assert "hunter2" not in record.getMessage()
+
+
+async def test_a_password_in_the_message_of_an_error_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def refuse() -> Any:
+        raise OSError("no route for hunter2, postgresql://app:hunter2@db/shop")
+
+    url = "postgresql://app:hunter2@db.example.com/shop"
+    async with DBConnect.from_url(url, async_creator=refuse) as connect:
+        with caplog.at_level(logging.WARNING, "context_async_sqlalchemy"):
+            assert (await health_of(make_starlette(connect)))[0] == 503
+    [record] = [r for r in caplog.records if r.name == "context_async_sqlalchemy"]
+    assert "no route for ***, postgresql://app:***@db/shop" in record.getMessage()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_database_that_says_nothing_is_not_healthy_after_the_timeout(
+    database_url: URL, database: Database, caplog: pytest.LogCaptureFixture, driver: str
+) -> None:
+    tasks = asyncio.all_tasks()
+    silent = asyncio.Event()
+
+    async def hang(call: Call) -> Fault | None:
+        if call.statement != "connect":
+            silent.set()
+            await asyncio.Event().wait()
+        return None
+
+    assert database_url.host is not None
+    assert database_url.port is not None
+    async with proxy(database_url.host, database_url.port, hang) as port:
+        url = database_url.set(drivername=f"postgresql+{driver}", host="127.0.0.1", port=port)
+        async with (
+            make_connect(url) as connect,
+            http_client(make_starlette(connect, timeout=0.5)) as client,
+        ):
+            # asyncpg closes such a connection in 2 seconds, psycopg in 5.
+            async with asyncio.timeout(2):
+                assert (await client.get("/health")).status_code == 503
+    assert silent.is_set()
+    assert "no answer within 0.5 seconds" in caplog.text
+    await until(lambda: asyncio.all_tasks() <= tasks)
+    await database.is_left_by_all()
+
+
+async def test_what_has_not_ended_in_time_is_cancelled() -> None:
+    cancelled = asyncio.Event()
+
+    async def create_engine(_: str) -> AsyncEngine:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        raise AssertionError
+
+    connect = DBConnect(create_engine, async_sessionmaker, host="silent")
+    assert (await health_of(make_starlette(connect, timeout=0.1)))[0] == 503
+    async with asyncio.timeout(10):
+        await cancelled.wait()
+
+
+@pytest.mark.parametrize("name", ["file", "memory"])
+async def test_a_database_without_a_host_is_healthy(tmp_path: Path, name: str) -> None:
+    url = "sqlite://" if name == "memory" else f"sqlite:///{tmp_path / 'health.db'}"
+    async with DBConnect.from_url(url) as connect:
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text("CREATE TABLE kept (id INTEGER)"))
+            await session.commit()
+        assert (await health_of(make_starlette(connect)))[0] == 200
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text("SELECT * FROM kept"))
+
+
+async def test_the_route_of_a_dependency_is_added_when_it_is_initialized(tmp_path: Path) -> None:
+    dependency = DBSessionDependency()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        await dependency.initialize(f"sqlite:///{tmp_path / 'health.db'}")
+        app.add_api_route("/health", database_health(dependency.connect))
+        yield
+        await dependency.aclose()
+
+    with pytest.raises(RuntimeError, match="not initialized"):
+        database_health(dependency.connect)
+    assert (await health_of(FastAPI(lifespan=lifespan)))[0] == 200
+
+
+async def test_the_handler_of_the_connect_chooses_the_host(database_url: URL) -> None:
+    hosts: list[str] = []
+
+    def create_engine(host: str) -> AsyncEngine:
+        hosts.append(host)
+        return engines.pop()
+
+    async def choose(connect: DBConnect) -> None:
+        await connect.change_host("127.0.0.1")
+
+    engines = [create_async_engine(database_url.set(host="127.0.0.1")) for _ in range(2)]
+    connect = DBConnect(create_engine, async_sessionmaker, before_create_session_handler=choose)
+    async with connect:
+        assert (await health_of(make_starlette(connect)))[0] == 200
+    assert hosts == ["127.0.0.1", "127.0.0.1"]
+
+
+async def test_an_engine_that_the_creator_keeps_is_not_closed(database_url: URL) -> None:
+    engine = create_async_engine(database_url)
+    async with DBConnect(lambda _: engine, async_sessionmaker, host="kept") as connect:
+        await connect.ping()
+        assert (await health_of(make_starlette(connect)))[0] == 200
+        assert connect.pool_status().checked_in == 1
+
+
+async def test_a_connect_that_has_no_host_is_not_healthy(caplog: pytest.LogCaptureFixture) -> None:
+    def create_engine(_: str) -> AsyncEngine:
+        raise AssertionError
+
+    connect = DBConnect(create_engine, async_sessionmaker)
+    assert (await health_of(make_starlette(connect)))[0] == 503
+    assert "host is not set" in caplog.text
+    with pytest.raises(ValueError, match="host is not set"):
+        await connect.create_engine()
+
+
+def test_a_timeout_is_a_time(connect: DBConnect) -> None:
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        database_health(connect, timeout=0)
+
+
+# The lifespan
+
+
+@pytest.mark.parametrize("cls", [Starlette, FastAPI])
+@pytest.mark.parametrize("wait", [False, True])
+async def test_the_lifespan_closes_every_connect(
+    connect: DBConnect, second_connect: DBConnect, cls: type[Starlette], wait: bool
+) -> None:
+    connects = connect, second_connect
+    app = cls(lifespan=database_lifespan(*connects, wait=wait))
+    async with http_client(app) as client:
+        assert (await client.get("/")).status_code == 404  # it has started
+        assert [c.pool_status().checked_in for c in connects] == [int(wait)] * 2
+        for c in connects:
+            await c.ping()
+    assert [c.engine for c in connects] == [None, None]
+
+
+async def test_an_application_does_not_start_without_its_database(
+    monkeypatch: pytest.MonkeyPatch, connect: DBConnect
+) -> None:
+    async def give_up(_: DBConnect) -> None:
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(DBConnect, "wait_until_ready", give_up)
+    await connect.ping()
+    with pytest.raises(ConnectionRefusedError):
+        async with database_lifespan(connect, wait=True)(None):
+            pytest.fail("it has started")
+    assert connect.engine is None
