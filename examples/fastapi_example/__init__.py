@@ -1,0 +1,1 @@
+"""The workflows of a session in FastAPI: a package, so that its tests import `.app` in any copy."""
