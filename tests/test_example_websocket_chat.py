@@ -32,7 +32,7 @@ from tests.programs import Outside, until
 from tests.servers import running_module
 
 BODIES = "SELECT body FROM chat_message ORDER BY id"
-COMMAND = "examples.websocket_chat --port {port}"
+COMMAND = "uvicorn examples.websocket_chat.app:app --ws wsproto --port {port}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

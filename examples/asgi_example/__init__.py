@@ -1,1 +1,1 @@
-"""The workflows of a session in pure ASGI: a package, so that its tests import `.app` in any copy."""
+"""The workflows of a session in pure ASGI: a package, because its tests import `.app`."""
