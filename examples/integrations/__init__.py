@@ -1,0 +1,1 @@
+"""A package, so that pytest does not put it on the path, where `fastapi.py` would hide FastAPI."""

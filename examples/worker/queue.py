@@ -47,3 +47,7 @@ async def work() -> None:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stopped.wait(), POLL_SECONDS)
     await broker.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(work())

@@ -31,7 +31,7 @@ from tests.helpers.servers import running_module
 from tests.helpers.serving import serve
 
 BODIES = "SELECT body FROM chat_message ORDER BY id"
-COMMAND = "examples.websocket_chat --port {port}"
+COMMAND = "uvicorn examples.websocket_chat.app:app --ws wsproto --port {port}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

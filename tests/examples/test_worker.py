@@ -58,7 +58,7 @@ async def test_the_worker_does_what_a_client_was_told_will_be_done(example: Task
         await queue(client, ann, "tea", "milk")
         await queue(client, bob, "tea")
         assert (await client.post("/tasks", headers=bob, json={"title": "ham"})).status_code == 201
-    async with example.program("worker") as worker:
+    async with example.program("worker.queue") as worker:
         await until(lambda: is_processed(example, "tea", "milk", "tea"))
         worker.send_signal(signal.SIGTERM)
         assert await end(worker) == 0
@@ -81,19 +81,19 @@ async def is_processed(example: TasksExample, *titles: str) -> bool:
 async def test_a_worker_that_is_killed_loses_no_task(example: TasksExample) -> None:
     await example.execute("UPDATE task SET deliveries_left = 5 WHERE id <= 3")
     async with example.held("NEW.processed"):
-        async with example.program("worker") as worker:
+        async with example.program("worker.queue") as worker:
             await until(example.waiting)
             worker.kill()
             assert await end(worker) == -signal.SIGKILL
         assert await processed(example) == []
-    async with example.program("worker"):
+    async with example.program("worker.queue"):
         await until(lambda: is_processed(example, "t1", "t2", "t3"))
 
 
 @only_postgresql
 async def test_a_worker_that_is_stopped_finishes_what_it_has_begun(example: TasksExample) -> None:
     await example.execute("UPDATE task SET deliveries_left = 5 WHERE id <= 1")
-    async with example.program("worker") as worker:
+    async with example.program("worker.queue") as worker:
         async with example.held("NEW.processed"):
             await until(example.waiting)
             worker.send_signal(signal.SIGTERM)
@@ -104,13 +104,13 @@ async def test_a_worker_that_is_stopped_finishes_what_it_has_begun(example: Task
 @only_postgresql
 async def test_a_worker_whose_database_stays_away_ends_with_an_error(example: TasksExample) -> None:
     url = f"postgresql://postgres@127.0.0.1:{free_port()}/tasks"
-    async with example.program("worker", DATABASE_URL=url) as worker:
+    async with example.program("worker.queue", DATABASE_URL=url) as worker:
         assert await end(worker) == 1
 
 
 @only_postgresql
 async def test_a_worker_outlives_the_loss_of_its_connections(example: TasksExample) -> None:
-    async with example.program("worker") as worker:
+    async with example.program("worker.queue") as worker:
         await example.execute("UPDATE task SET deliveries_left = 5 WHERE id = 1")
         await until(lambda: is_processed(example, "t1"))
         await example.execute(

@@ -12,17 +12,21 @@ from pathlib import Path
 import httpx
 import pytest
 
-from examples.workflows.routes import ROUTES
 from tests.helpers.programs import ROOT, Outside
 from tests.helpers.servers import running_module
 
+APPLICATIONS = [
+    "examples.fastapi_example.app:app",
+    "examples.starlette_example.app:app",
+    "examples.asgi_example.app:app",
+]
 EXAMPLES = ["fastapi_example", "starlette_example", "asgi_example"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-async def test_the_command_serves_the_workflows(example: str, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("application", APPLICATIONS)
+async def test_the_command_serves_the_workflows(application: str, url: str, tmp_path: Path) -> None:
     outside = Outside(url)
-    command = f"examples.{example} --port {{port}}"
+    command = f"uvicorn {application} --port {{port}}"
     with running_module(command, tmp_path / "log", DATABASE_URL=url) as port:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             assert (await client.post("/simple_usage")).status_code == 200
@@ -34,10 +38,10 @@ async def test_the_command_serves_the_workflows(example: str, url: str, tmp_path
         await connection.exec_driver_sql("DROP TABLE workflow_note")
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_application_does_not_start_without_its_database(example: str) -> None:
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_an_application_does_not_start_without_its_database(application: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", f"examples.{example}", "--port", "0"],
+        [sys.executable, "-m", "uvicorn", application, "--port", "0"],
         cwd=ROOT,
         env=os.environ | {"DATABASE_URL": "postgresql://app:hunter2@127.0.0.1:1/notes"},
         capture_output=True,
@@ -50,46 +54,67 @@ def test_an_application_does_not_start_without_its_database(example: str) -> Non
     assert "hunter2" not in result.stderr
 
 
-def test_whoever_copies_an_example_runs_its_tests_on_sqlite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_whoever_copies_an_example_runs_its_tests_on_sqlite(example: str, tmp_path: Path) -> None:
     project, temporary = tmp_path / "project", tmp_path / "temporary"
     temporary.mkdir()
-    shutil.copytree(ROOT / "examples", project / "examples", ignore=all_but_what_the_readme_names)
-    url = f"sqlite:///{tmp_path / 'precious.db'}"
+    # Under another name: no test may import what is beside it in the repository.
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "examples" / example, project / "notes", ignore=ignored)
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"),
-            *("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "notes"],
         cwd=project,
         env={k: v for k, v in os.environ.items() if k != "TEST_DATABASE_URL"}
-        | {"DATABASE_URL": url, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        | {
+            "DATABASE_URL": f"sqlite:///{tmp_path / 'precious.db'}",
+            "TMPDIR": str(temporary),
+            "PYTHONPATH": str(ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert result.returncode == 0, result.stdout[-4000:]
-    assert re.search(r"^\d+ passed", result.stdout, re.MULTILINE)
+    assert re.search(r"^41 passed", result.stdout, re.MULTILINE), result.stdout[-4000:]
     assert {*tmp_path.iterdir()} == {project, temporary}, "the tests have a database of their own"
     assert list(temporary.iterdir()) == []
-    assert list(project.iterdir()) == [project / "examples"]
-
-
-def all_but_what_the_readme_names(directory: str, names: list[str]) -> set[str]:
-    if Path(directory) != ROOT / "examples":
-        return {"__pycache__"}
-    # The package `examples` of the repository would come before a directory of this name.
-    named = {"fastapi_example", "workflows", "conftest.py", "__init__.py"}
-    return set(names) - named
-
-
-def table_of(example: str) -> list[str]:
-    """Return the rows on workflows in the README of an example."""
-    page = (ROOT / "examples" / example / "README.md").read_text()
-    return [line for line in page.splitlines() if re.search(r"\| `(GET|POST) /", line)]
+    assert list(project.iterdir()) == [project / "notes"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_every_route_is_in_the_readme(example: str) -> None:
-    routes = re.findall(r"`((?:GET|POST) /\S+)`", "\n".join(table_of(example)))
-    assert sorted(routes) == sorted(f"{route.method} {route.path}" for route in ROUTES)
-    assert table_of(example) == table_of("fastapi_example")
+def test_an_example_needs_nothing_else_of_the_repository(example: str) -> None:
+    for file in (ROOT / "examples" / example).rglob("*.py"):
+        imports = r"^\s*(from|import) (examples|tests)\b"
+        assert not re.search(imports, file.read_text(), re.MULTILINE), file
+
+
+ROW = re.compile(r"^\|.*\| `(?P<method>GET|POST) (?P<path>/\S+)` \| (?P<status>\d+)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("application", APPLICATIONS)
+async def test_every_request_in_the_readme_is_answered_as_it_says(
+    application: str, tmp_path: Path
+) -> None:
+    page = (ROOT / application.replace(".", "/")).parent / "README.md"
+    rows = list(ROW.finditer(page.read_text()))
+    assert len(rows) == 20
+    database = f"sqlite:///{tmp_path / 'workflows.db'}"
+    command = f"uvicorn {application} --port {{port}}"
+    anew = httpx.Limits(max_keepalive_connections=0)  # uvicorn cuts the connection of an exception
+    with running_module(command, tmp_path / "log", DATABASE_URL=database) as port:
+        url = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, limits=anew) as client:
+            for row in rows:
+                response = await client.request(row["method"], row["path"])
+                assert response.status_code == int(row["status"]), row["path"]
+
+
+def test_the_readmes_have_the_same_table_with_every_route() -> None:
+    tables = []
+    for example in EXAMPLES:
+        directory = ROOT / "examples" / example
+        page, program = ((directory / name).read_text() for name in ("README.md", "app.py"))
+        tables.append([line for line in page.splitlines() if ROW.match(line)])
+        shown = {row["path"].split("/")[1] for row in ROW.finditer(page)}
+        assert shown == set(re.findall(r'"/(\w+)', program))
+    assert tables[0] == tables[1] == tables[2]

@@ -1,13 +1,38 @@
-"""What each workflow answers, and what it stores."""
+"""Each test shares one transaction with the application, which is rolled back at the end."""
 
-from __future__ import annotations
+from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
+import pytest_asyncio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from examples.workflows.models import Note
+from context_async_sqlalchemy.test_utils import shared_transaction
+
+from .app import Base, Note, connect, setup_app
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def session() -> AsyncGenerator[AsyncSession]:
+    """Return the test's session in the transaction, where the tables exist."""
+    async with connect:
+        async with shared_transaction(connect) as session:
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+            await session.commit()
+            yield session
+        assert connect.pool_status().checked_out == 0
+
+
+@pytest_asyncio.fixture
+async def client(session: AsyncSession) -> AsyncGenerator[httpx.AsyncClient]:
+    """Return a client that calls the application on the test's event loop."""
+    # Like a server, answer an exception with 500 instead of raising it here.
+    transport = httpx.ASGITransport(setup_app(), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
 
 
 async def stored(session: AsyncSession) -> list[str]:

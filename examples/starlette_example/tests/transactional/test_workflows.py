@@ -1,3 +1,0 @@
-"""The workflows do the same as in the FastAPI example."""
-
-from examples.fastapi_example.tests.transactional.test_workflows import *  # noqa: F403
