@@ -64,8 +64,6 @@ class DBConnect(Generic[SessionT_co]):
         ValueError: If `host` is empty, or `leak_detection_threshold` is not a positive number.
     """
 
-    leak_detection_threshold: float | None = None
-
     def __init__(
         self,
         engine_creator: Callable[[str], Awaitable[AsyncEngine] | AsyncEngine],

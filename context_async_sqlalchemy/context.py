@@ -18,6 +18,7 @@ from context_async_sqlalchemy._unit.context import (
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.exceptions import (
     ContextAlreadyInitiatedError as ContextAlreadyInitiatedError,
+    ContextClosedError as ContextClosedError,
     ContextNotInitiatedError as ContextNotInitiatedError,
 )
 

@@ -8,28 +8,28 @@ _HINT = (
 
 
 class _HelpfulError(RuntimeError):
-    message: str
+    _message: str
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(self.message if message is None else message)
+        super().__init__(self._message if message is None else message)
 
 
 class ContextNotInitiatedError(_HelpfulError):
     """A session was requested where there is no context to hold it."""
 
-    message = f"There is no database session context here. {_HINT}"
+    _message = f"There is no database session context here. {_HINT}"
 
 
 class ContextClosedError(ContextNotInitiatedError):
     """A session was requested in a context that has ended, such as by a task after its request."""
 
-    message = f"The database session context of this task has ended. {_HINT}"
+    _message = f"The database session context of this task has ended. {_HINT}"
 
 
 class ContextAlreadyInitiatedError(_HelpfulError):
     """A context was opened by hand inside another one."""
 
-    message = (
+    _message = (
         "There is a database session context already. To open another one inside it, use "
         "'async with new_db_session_ctx():' or 'init_db_session_ctx(force=True)'."
     )
@@ -42,7 +42,7 @@ class CommitOutcomeUnknownError(_HelpfulError):
     the work, check whether it was done.
     """
 
-    message = (
+    _message = (
         "The connection was lost during COMMIT, and the transaction may have been committed or "
         "not: look before you repeat it."
     )

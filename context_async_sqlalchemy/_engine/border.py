@@ -25,15 +25,28 @@ def sync_engine_of(engine: AsyncEngine) -> Engine:
 
 
 def password_of(engine: AsyncEngine | None) -> str | None:
-    """Return the password with which an engine connects, if it has one."""
-    return sync_engine_of(engine).url.password if engine is not None else None
+    """Return the password with which an engine connects, if it has one that can be shown."""
+    password = getattr(getattr(engine, "url", None), "password", None)
+    return password if isinstance(password, str) else None
+
+
+def threshold_of(connect: object) -> float | None:
+    """Return the `leak_detection_threshold` of a connect; a mock of one has none."""
+    threshold = getattr(connect, "leak_detection_threshold", None)
+    return threshold if isinstance(threshold, int | float) else None
 
 
 def real_session(session: AsyncSession) -> AsyncSession:
     """Return `session`; for a mock, a session that passes on to it what would end a transaction."""
-    if isinstance(getattr(session, "sync_session", None), Session):
+    # By its type: an autospec says of itself that it is a Session.
+    if issubclass(type(getattr(session, "sync_session", None)), Session):
         return session
     return _StandIn(session)
+
+
+def given_session(session: AsyncSession) -> AsyncSession:
+    """Return the session for which `real_session` returned this one: what the user has."""
+    return session.mock if isinstance(session, _StandIn) else session
 
 
 def note_settled(sessions: Iterable[AsyncSession]) -> None:
@@ -50,39 +63,39 @@ def note_settled(sessions: Iterable[AsyncSession]) -> None:
 class _StandIn(AsyncSession):
     def __init__(self, mock: Any) -> None:
         super().__init__()
-        self._mock = mock
+        self.mock = mock
         self.is_settled = False
 
     def __repr__(self) -> str:
-        return repr(self._mock)
+        return repr(self.mock)
 
     def in_transaction(self) -> bool:
-        answer = self._mock.in_transaction()
+        answer = self.mock.in_transaction()
         if inspect.iscoroutine(answer):  # from a mock with nothing but async methods
             answer.close()
         return bool(answer) and not self.is_settled
 
     def begin(self) -> AsyncSessionTransaction:
-        return _StandInTransaction(self, self._mock.begin())
+        return _StandInTransaction(self, self.mock.begin())
 
     def begin_nested(self) -> AsyncSessionTransaction:
-        return _StandInTransaction(self, self._mock.begin_nested(), nested=True)
+        return _StandInTransaction(self, self.mock.begin_nested(), nested=True)
 
     async def flush(self, objects: Sequence[Any] | None = None) -> None:
-        await self._mock.flush()
+        await self.mock.flush()
 
     async def commit(self) -> None:
-        await self._mock.commit()
+        await self.mock.commit()
 
     async def rollback(self) -> None:
-        await self._mock.rollback()
+        await self.mock.rollback()
 
     async def close(self) -> None:
-        await self._mock.close()
+        await self.mock.close()
 
     async def invalidate(self) -> None:
         try:
-            await self._mock.invalidate()
+            await self.mock.invalidate()
         except Exception:
             logger.exception("The connection of a database session could not be discarded")
 

@@ -14,7 +14,7 @@ from fastapi import Response
 from fastapi.requests import HTTPConnection
 from sqlalchemy import URL
 
-from context_async_sqlalchemy._engine.border import real_session
+from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import fastapi_has_answered, wrap_endpoints
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
@@ -149,7 +149,7 @@ async def _unmanaged_session(
         return
     context = current_context()
     session = scope[key] = await connect.create_session()
-    if (threshold := connect.leak_detection_threshold) is not None:
+    if (threshold := threshold_of(connect)) is not None:
         detect_leaks(
             real_session(session), threshold, connect, context.request, scope.get("endpoint")
         )

@@ -6,11 +6,13 @@ import asyncio
 import sys
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING
 
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated
+from context_async_sqlalchemy._unit.settle import note_once, settle
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
@@ -38,10 +40,12 @@ class Replay:
         except Exception:
             if attempt.failure is None or attempt.sent:
                 raise
-            if not attempt.held:
-                await middleware.respond_to_failure(attempt.failure, scope, receive, send)
-            for message in attempt.held:
-                await send(message)
+            if attempt.held:
+                for message in attempt.held:
+                    await send(message)
+            else:
+                respond = partial(middleware.respond_to_failure, attempt.failure)
+                await middleware.serve(respond, scope, receive, send)
         finally:
             await request.close()
 
@@ -54,7 +58,7 @@ class Replay:
             if error is outer or not attempt.may_be_repeated(error):
                 return False
             if request.obstacle is not None:
-                error.add_note(f"Not tried again: {request.obstacle}.")
+                note_once(error, f"Not tried again: {request.obstacle}.")
             return request.obstacle is None
 
         async for trial in self._retrying(is_repeatable, type(middleware).__name__):
@@ -93,6 +97,7 @@ class _Attempt:
         self._commit_on = commit_on
         self._is_repeatable: Callable[[Exception], bool] | None = None
         self._context: DBSessionContext | None = None
+        self._is_refused = False  # the commit has failed, with an error that is not repeated
 
     def begin(self, is_repeatable: Callable[[Exception], bool] | None) -> None:
         """Begin another attempt; `is_repeatable` is None in the last one."""
@@ -107,7 +112,8 @@ class _Attempt:
         try:
             await self._app(scope, receive, self._answer)
         except BaseException as error:
-            if self.failure is None or self.sent or isinstance(error, _ENDS_THE_TASK):
+            is_answer = self.held and not isinstance(error, _ENDS_THE_TASK)
+            if self.failure is None or self.sent or not (is_answer or isinstance(error, Exception)):
                 raise
         if self.failure is not None and not self.sent:
             raise _NotAnswered  # which rolls back
@@ -119,7 +125,8 @@ class _Attempt:
 
     def may_be_repeated(self, error: Exception) -> bool:
         """Return whether the work of this attempt, which failed with `error`, may be done again."""
-        return not self.sent and self._context is not None and may_be_repeated(error, self._context)
+        context = None if self.sent or self._is_refused else self._context
+        return context is not None and may_be_repeated(error, context)
 
     async def _answer(self, message: Message) -> None:
         if self.held:
@@ -141,12 +148,16 @@ class _Attempt:
         ):
             self.failure = answered
             self.held.append(message)
+            # No connection is held while the rest of it is made.
+            await settle(current_context(), commit=False)
             return
         try:
             await self._settling(message)
         except Exception as error:
             if not self.sent and self._is_repeatable(error):
                 self.failure = error
+            else:
+                self._is_refused = True
             raise
 
 

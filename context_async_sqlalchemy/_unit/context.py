@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy._engine.border import real_session
+from context_async_sqlalchemy._engine.border import given_session, real_session
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy.exceptions import ContextClosedError, ContextNotInitiatedError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 class _Held(NamedTuple):
-    given: AsyncSession  # the session that the user has; in a user's test it may be a mock
     session: AsyncSession  # to be settled and closed
     is_made: bool  # by `db_session`: the context alone owns it
 
@@ -56,8 +55,8 @@ class DBSessionContext:
         """Make `session` the session that `db_session` returns for a connect."""
         self.used = True
         self.by_key[context_key] = session
-        if all(held.given is not session for held in self._held):
-            self._held.append(_Held(session, real_session(session), is_made))
+        if all(given_session(held.session) is not session for held in self._held):
+            self._held.append(_Held(real_session(session), is_made))
         if self.commits is not None:
             self.commits.watch(context_key, session)
 
@@ -65,7 +64,7 @@ class DBSessionContext:
         """Take out the session of a connect; it belongs to the caller then."""
         session: AsyncSession | None = self.by_key.pop(context_key, None)
         if session is not None and session not in self.by_key.values():
-            self._held = [held for held in self._held if held.given is not session]
+            self._held = [h for h in self._held if given_session(h.session) is not session]
         return session
 
     def enter(self) -> None:

@@ -11,7 +11,7 @@ from context_async_sqlalchemy._engine.driver_errors import is_transient_error
 from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, note_once
 
 if TYPE_CHECKING:
     from stamina import Attempt
@@ -132,6 +132,8 @@ def may_be_repeated(error: BaseException, context: DBSessionContext) -> bool:
     if not is_transient_error(error):
         return False
     if watch_commits(context).durable:
-        error.add_note("Not tried again: a part of its work had been committed, or may have been.")
+        note_once(
+            error, "Not tried again: a part of its work had been committed, or may have been."
+        )
         return False
     return True

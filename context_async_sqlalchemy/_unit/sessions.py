@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from context_async_sqlalchemy._engine.border import real_session
+from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
@@ -70,7 +70,7 @@ async def create_session(
         if context.closed:
             await session.close()
             raise ContextClosedError
-        if (threshold := connect.leak_detection_threshold) is not None:
+        if (threshold := threshold_of(connect)) is not None:
             detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
         context.put(key, session, is_made=True)
         return session

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from context_async_sqlalchemy._engine.border import given_session
 from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
 from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion
@@ -130,7 +131,7 @@ async def _call_before_commit(
     # Ask the context each time: the callback may open further sessions, or end a transaction.
     while waiting := [s for s in context.in_transaction() if s not in called]:
         called.append(waiting[0])
-        result = before_commit(waiting[0])
+        result = before_commit(given_session(waiting[0]))
         if inspect.isawaitable(result):
             await result
 
@@ -150,8 +151,14 @@ def _name(session: AsyncSession) -> str:
 
 
 def _explain(error: BaseException) -> None:
-    if is_concurrent_use(error) and _CONCURRENT_USE not in getattr(error, "__notes__", ()):
-        error.add_note(_CONCURRENT_USE)
+    if is_concurrent_use(error):
+        note_once(error, _CONCURRENT_USE)
+
+
+def note_once(error: BaseException, note: str) -> None:
+    """Add a note to an error that may pass here again."""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
 
 
 _CONCURRENT_USE = (
