@@ -23,7 +23,7 @@ from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 class TransientKind(Enum):
     """Why the same work may succeed if it is done again."""
 
-    CONFLICT = "it lost against other work: a serialization failure, a deadlock, a lock"
+    CONFLICT = "it lost against other work: serialization, a deadlock, a lock, a new schema"
     UNAVAILABLE = "the database could not be reached, or takes no connections now"
 
 
@@ -50,6 +50,8 @@ _MYSQL_NUMBERS = {
     2002: TransientKind.UNAVAILABLE,  # a server that cannot be reached
     2003: TransientKind.UNAVAILABLE,
 }
+# The server has rolled back what took, or was idle for, too long, and has closed its connection.
+_TIMED_OUT = {"25P03", "25P04"}  # idle_in_transaction_session_timeout, transaction_timeout
 _SQLITE_BUSY = 5  # https://www.sqlite.org/rescode.html; the low byte of its extended codes
 
 
@@ -57,12 +59,14 @@ def is_transient_error(exc: BaseException) -> bool:
     """Return whether the same work may succeed if it is done again.
 
     True for a serialization failure, a deadlock, a lock that was not available, a connection that
-    was lost or refused, a server that starts up, shuts down or has too many connections, a busy
-    SQLite database, and for MySQL's errors of these kinds. Decided by the SQLSTATE, the error
+    was lost or refused, a server that starts up, shuts down or has too many connections, a prepared
+    statement that a change of the schema has made invalid, a busy SQLite database, and for MySQL's
+    errors of these kinds. Decided by the SQLSTATE, the error
     number and what SQLAlchemy knows, of `exc`, its `__cause__`, and the members of an exception
     group. (psycopg has no SQLSTATE for a connection that was refused, whatever the reason.)
 
-    Always False if a constraint was violated, or if the outcome of a COMMIT is unknown.
+    Always False if a constraint was violated, if PostgreSQL says that the transaction took or was
+    idle for too long, or if the outcome of a COMMIT is unknown.
 
     Args:
         exc: What was raised.
@@ -93,6 +97,8 @@ def is_outcome_unknown(error: DBAPIError) -> bool:
         # A statement of the flush failed; or the driver saw that the connection was closed
         # already, and sent nothing.
         return False
+    if _timed_out(error.orig) or _sent_nothing(error.orig):
+        return False
     # The server may say so before the driver notices the end of the connection.
     return error.connection_invalidated or says_connection_is_lost(error.orig)
 
@@ -117,11 +123,10 @@ def is_from_server(error: BaseException) -> bool:
 
 def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
     """Return whether a COMMIT that failed with a driver's error has certainly not taken place."""
-    if isinstance(error, dialect.loaded_dbapi.InterfaceError):
+    # SQLAlchemy's adapter of aiosqlite has no such class.
+    if isinstance(error, getattr(dialect.loaded_dbapi, "InterfaceError", ())):
         return True  # the driver saw that the connection was closed already, and sent nothing
-    if type(error).__name__ == "InternalClientError" and "cannot switch" in str(error):
-        return True  # the same for asyncpg, before the end of a connection that was terminated
-    if hasattr(error, "sqlite_errorcode"):
+    if hasattr(error, "sqlite_errorcode") or _timed_out(error) or _sent_nothing(error):
         return True
     return is_from_server(error) and not says_connection_is_lost(error)
 
@@ -176,7 +181,22 @@ def _related(exc: BaseException, with_context: bool = False) -> Iterator[BaseExc
             waiting.append(error.__cause__)
 
 
+def _sent_nothing(error: BaseException | None) -> bool:
+    # asyncpg, whose connection was terminated and has not ended yet.
+    return type(error).__name__ == "InternalClientError" and "cannot switch" in str(error)
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    # asyncpg tells of a connection that was lost, with the server's error as the cause. If it had
+    # been idle, it does not know why it was closed.
+    return error is not None and any(
+        getattr(related, "sqlstate", None) in _TIMED_OUT for related in _related(error)
+    )
+
+
 def _kind_of(error: BaseException) -> TransientKind | None:
+    if _timed_out(error.orig if isinstance(error, DBAPIError) else error):
+        return None  # it would take as long again
     if not isinstance(error, DBAPIError):
         # SQLAlchemy does not wrap all that a driver raises while it connects.
         kind = _kind_of_code(error)
@@ -207,6 +227,11 @@ def _kind_of_code(error: BaseException | None) -> TransientKind | None:
     if isinstance(sqlite_code, int) and sqlite_code & 0xFF == _SQLITE_BUSY:
         return TransientKind.CONFLICT
     sqlstate = getattr(error, "sqlstate", None)
+    # A statement that was prepared before the schema has changed; the driver prepares it anew.
+    if type(error).__name__ == "InvalidCachedStatementError" or (
+        sqlstate == "0A000" and "cached plan must not change result type" in str(error)
+    ):
+        return TransientKind.CONFLICT
     return _SQLSTATES.get(sqlstate) if isinstance(sqlstate, str) else None
 
 
