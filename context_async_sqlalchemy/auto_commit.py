@@ -1,7 +1,5 @@
 """Settling a context by hand, for a middleware of your own."""
 
-from __future__ import annotations
-
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._unit.context import current_context
 from context_async_sqlalchemy._unit.settle import (

@@ -1,7 +1,5 @@
 """Contexts by hand, for a middleware of your own."""
 
-from __future__ import annotations
-
 from contextvars import Token
 from typing import cast
 

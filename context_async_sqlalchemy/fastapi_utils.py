@@ -1,7 +1,5 @@
 """For FastAPI: what there is for Starlette, and the session as a dependency."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 from fastapi import FastAPI

@@ -1,7 +1,5 @@
 """Which of several PostgreSQL hosts to talk to: handlers for `before_create_session_handler`."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

@@ -1,7 +1,5 @@
 """The session of the context, and sessions without one."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 

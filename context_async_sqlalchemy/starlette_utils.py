@@ -1,7 +1,5 @@
 """For Starlette: the middleware, the lifespan, the health endpoint and the exception handlers."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Unpack

@@ -1,7 +1,5 @@
 """For users' tests: one transaction for the test and the application, rolled back at the end."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -10,14 +8,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._testing.shared_transaction import share_connection
-from context_async_sqlalchemy._unit.context import current_context
-from context_async_sqlalchemy._unit.settle import abandon, finish
+from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
+from context_async_sqlalchemy._unit.context import current_context, open_context
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.context import (
-    init_db_session_ctx,
-    put_db_session_to_context,
-    reset_db_session_ctx,
-)
+from context_async_sqlalchemy.context import is_context_initiated, put_db_session_to_context
+from context_async_sqlalchemy.exceptions import ContextAlreadyInitiatedError
 from context_async_sqlalchemy.session import new_non_ctx_session
 
 
@@ -83,22 +78,20 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     Raises:
         ContextAlreadyInitiatedError: If a context is open.
     """
-    token = init_db_session_ctx()
-    context = current_context()
+    if is_context_initiated():
+        raise ContextAlreadyInitiatedError
+    if auto_close:
+        async with new_db_session_ctx():
+            current_context().is_test = True
+            yield
+        return
+    context = open_context()
     context.is_test = True
     try:
         yield
-    except BaseException as error:
-        if auto_close:
-            await abandon(context, error)
-        raise
-    else:
-        if auto_close:
-            await finish(context, commit=True)
     finally:
-        if not auto_close:
-            await context.close_made()
-            await reset_db_session_ctx(token, with_close=False)
+        await context.close_made()
+        await context.end(with_close=False)
 
 
 @asynccontextmanager

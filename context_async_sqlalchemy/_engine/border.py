@@ -3,8 +3,6 @@
 What lies behind knows real engines and sessions only.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any

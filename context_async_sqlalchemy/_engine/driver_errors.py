@@ -1,7 +1,5 @@
 """What an error of the database means, by driver."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The engines of a connect: one on each event loop, made when it is first needed."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable

@@ -1,7 +1,5 @@
 """An engine, and a sessionmaker for it, from a database URL."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Unpack, cast
 

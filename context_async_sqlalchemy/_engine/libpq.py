@@ -1,7 +1,5 @@
 """Translates the query of a URL made for libpq to arguments of asyncpg."""
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +10,8 @@ from sqlalchemy import URL
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 # asyncpg takes these in a DSN only, with the meaning that they have to libpq.
-_TLS_KEYS = {
-    "sslmode",
-    "sslrootcert",
-    "sslcert",
-    "sslkey",
-    "sslcrl",
-    "ssl_min_protocol_version",
-    "ssl_max_protocol_version",
+_TLS_KEYS = {"sslmode", "sslrootcert", "sslcert", "sslkey", "sslcrl"} | {
+    f"ssl_{end}_protocol_version" for end in ("min", "max")
 }
 
 # Sent to the server as they are, as libpq does.

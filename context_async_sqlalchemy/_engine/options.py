@@ -1,7 +1,5 @@
 """The options of engines and of sessions, and the class of the latter, for type checkers."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict
 

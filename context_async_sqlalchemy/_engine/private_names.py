@@ -5,8 +5,6 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 `tests/engine/test_private_names.py` fails when one goes; `docs/reliability.md` tells users of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import ModuleType

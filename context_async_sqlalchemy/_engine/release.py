@@ -1,7 +1,5 @@
 """Rolling back and closing sessions: whatever happens, their connections come home."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn

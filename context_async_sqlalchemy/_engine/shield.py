@@ -1,7 +1,5 @@
 """Work that a cancellation does not tear apart, and work that is not waited for."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """A database URL: read, given an async driver and perhaps another host."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from sqlalchemy import URL, make_url

@@ -63,11 +63,7 @@ class DBSessionDependency(Generic[SessionT]):
 
     @property
     def connect(self) -> DBConnect[SessionT]:
-        """The database.
-
-        Raises:
-            RuntimeError: If it is not set yet.
-        """
+        """The database; a `RuntimeError` if it is not set yet."""
         if self._connect is None:
             raise RuntimeError(
                 "This DBSessionDependency is not initialized: call "
@@ -100,8 +96,7 @@ class DBSessionDependency(Generic[SessionT]):
 
         Raises:
             TypeError: If an option is unknown, or of the wrong type.
-            ValueError: If the URL cannot be parsed, its driver is not async, or an option has an
-                invalid value.
+            ValueError: If the URL cannot be read, its driver is not async, or an option is invalid.
         """
         connect = DBConnect.from_url(url, password, **options)
         # Replace it before closing it: a request that uses a closed connect opens it again.
@@ -196,14 +191,6 @@ class _Request:
         if not self.context.settles_late:
             await settle(self.context, commit=self.succeeded)
 
-    async def finish(self) -> None:
-        """End the context, and commit what was done after the endpoint returned."""
-        if self.succeeded is None:
-            # The endpoint was not called, as for invalid parameters; or, since dependencies end
-            # after the answer, it is a generator from which FastAPI has streamed.
-            self.succeeded = fastapi_has_answered(self._scope)
-        await finish(self.context, commit=self.succeeded)
-
 
 @asynccontextmanager
 async def _request_context(scope: Scope, response: Response) -> AsyncGenerator[None]:
@@ -214,8 +201,11 @@ async def _request_context(scope: Scope, response: Response) -> AsyncGenerator[N
     except BaseException as error:
         await abandon(request.context, error)
         raise
-    else:
-        await request.finish()
+    if request.succeeded is None:
+        # The endpoint was not called, as for invalid parameters; or, since dependencies end after
+        # the answer, it is a generator from which FastAPI has streamed.
+        request.succeeded = fastapi_has_answered(scope)
+    await finish(request.context, commit=request.succeeded)
 
 
 _request: ContextVar[_Request | None] = ContextVar("request", default=None)

@@ -1,7 +1,5 @@
 """Exception handlers for database errors that are no fault of the application or the client."""
 
-from __future__ import annotations
-
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request

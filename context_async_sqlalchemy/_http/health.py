@@ -1,7 +1,5 @@
 """An endpoint that reports whether the database answers, and how full the pool is."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from collections.abc import Callable

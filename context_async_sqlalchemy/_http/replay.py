@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
@@ -55,11 +56,14 @@ class Replay:
         outer = sys.exception()  # being handled by the code that calls this application
 
         def is_repeatable(error: Exception) -> bool:
+            nonlocal failure
             if error is outer or not attempt.may_be_repeated(error):
                 return False
             if request.obstacle is not None:
                 note_once(error, f"Not tried again: {request.obstacle}.")
-            return request.obstacle is None
+                return False
+            failure = error
+            return True
 
         async for trial in self._retrying(is_repeatable, type(middleware).__name__):
             with trial:
@@ -69,16 +73,10 @@ class Replay:
                     request.rewind()
                 is_last = trial.num == self._retrying.attempts
                 attempt.begin(None if is_last else is_repeatable)
-                try:
+                with suppress(_NotAnswered):
                     await middleware.serve(attempt, scope, request.receive, attempt.send)
-                except _NotAnswered:
-                    failure = attempt.failure
-                except Exception as error:
-                    failure = error
-                else:
-                    failure = None
-                if failure is not None:
-                    raise failure
+                if attempt.failure is not None and not attempt.sent:
+                    raise attempt.failure
 
 
 class _Attempt:

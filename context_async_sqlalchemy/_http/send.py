@@ -1,7 +1,5 @@
 """The `send` of a request, which settles its context before the response starts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from context_async_sqlalchemy._engine.border import note_settled

@@ -1,7 +1,5 @@
 """The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from functools import partial

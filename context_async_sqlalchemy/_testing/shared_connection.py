@@ -1,7 +1,5 @@
 """One connection in one transaction, lent to many, each with its own savepoint."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """One transaction for every connection taken from an engine, rolled back at the end."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Whose turn it is to use a connection that is lent to many."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """A block in a transaction of its own, or in a savepoint of the one that is open."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, TypeAlias, get_args

@@ -1,7 +1,5 @@
 """Contexts that are not requests: a block, and a call in a task of its own."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Leak detection: a warning when a context's session holds a connection for a long time."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import time

@@ -1,7 +1,5 @@
 """The session of a context is made once, however many tasks ask for it first."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """How a context is settled, its sessions committed or rolled back, and how a unit of work ends."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
