@@ -20,6 +20,8 @@ def own_names() -> Iterator[str]:
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 yield name
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
             case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                 yield name
 
@@ -45,9 +47,7 @@ def listeners() -> Iterator[str]:
                 yield name
 
 
-# Of Python: the running loop without an error, and the frame that asks for a session.
-PYTHON = {"_get_running_loop", "_getframe"}
-FOREIGN = {n for n in private_names() if n[:1] == "_" and n[:2] != "__"} - {*own_names()} - PYTHON
+FOREIGN = {n for n in private_names() if n[:1] == "_" and n[:2] != "__"} - {*own_names()}
 
 
 @pytest.mark.parametrize("name", sorted(FOREIGN))
