@@ -69,7 +69,7 @@ def commit_after_response() -> None:
     For a body that reads a server-side cursor which the handler opened. The price: the client may
     be told of a success that then fails to commit, and the connection is held until the last byte
     is sent and the background tasks have ended. The status still decides between commit and
-    rollback. Outside of a request this does nothing.
+    rollback. Outside of a request of this library's middleware it does nothing.
 
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).

@@ -52,8 +52,8 @@ class DBConnect(Generic[SessionT_co]):
         before_create_session_handler: Awaited with this connect before each session is made; may
             call `change_host`. Default None.
         leak_detection_threshold: Log a warning when the session of a context holds a connection for
-            longer than this, in seconds. The warning names the request, and the line that asked for
-            the session. Default None: do not watch.
+            longer than this, in seconds. The warning names the request, and the line or the
+            endpoint that asked for the session. Default None: do not watch.
 
     Attributes:
         context_key: The key of this connect's session in a context; unique in the process.
@@ -116,9 +116,9 @@ class DBConnect(Generic[SessionT_co]):
             url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`)
                 gets asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy.
             password: The password, not percent-encoded. Default None: the one in the URL.
-            **options: What `sqlalchemy.create_engine()` takes, with its defaults: `pool_size`,
-                `max_overflow`, `pool_timeout`, `pool_recycle`, `pool_pre_ping`, `isolation_level`,
-                `connect_args`, `echo`, and so on; and:
+            **options: Those of `sqlalchemy.create_engine()` that are of use here, with its
+                defaults: `pool_size`, `max_overflow`, `pool_timeout`, `pool_recycle`,
+                `pool_pre_ping`, `isolation_level`, `connect_args`, `echo`, and so on; and:
 
                 - `before_create_session_handler`: As for `DBConnect`. `change_host` replaces the
                   host of the URL, and with "host:port" its port. Default None.

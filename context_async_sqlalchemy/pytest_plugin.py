@@ -9,7 +9,7 @@ def db_connect():
 
 @pytest.fixture
 def app():  # for `shared_client`
-    return app
+    return application
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The border: for a mock of a user's test, something of SQLAlchemy's that stands in for it.
 
-What lies behind knows real engines and sessions only.
+Who is given an engine, a session or a connect asks here, and knows real ones only from then on.
 """
 
 import inspect

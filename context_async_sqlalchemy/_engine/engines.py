@@ -79,6 +79,8 @@ class Engines:
 
     def put(self, engine: AsyncEngine) -> None:
         """Put an engine here that somebody else made."""
+        if engine is self.put_by_hand:
+            return
         self.put_by_hand = None
         # A test that has patched it puts back what was there: its user is counted already.
         if engine is not self.here():
@@ -137,7 +139,7 @@ class Engines:
                 await self.close()
 
     def here(self) -> AsyncEngine | None:
-        """Return the engine of the running loop, or else the one that was opened last."""
+        """Return the engine of the running loop, or the one opened last, or put here by hand."""
         opened = self.latest
         with suppress(RuntimeError):  # no loop is running
             opened = opened and (self._places.here().opened or opened)

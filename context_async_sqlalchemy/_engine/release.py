@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 from sqlalchemy import Connection, event
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -108,9 +109,11 @@ async def _discard(session: AsyncSession, connections: list[Connection]) -> None
             if not connection.closed:
                 connection.invalidate()
                 connection.close()
-    except Exception:
+    except Exception as error:
         # A task is taking a connection: until it has it, SQLAlchemy refuses to invalidate.
         event.listen(session.sync_session, "after_begin", _refuse_connection)
+        if not isinstance(error, InvalidRequestError):
+            logger.exception("The connection of a database session could not be discarded")
 
 
 def _refuse_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:

@@ -7,7 +7,6 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 _ASYNC_DRIVERS = {
     "postgresql": "postgresql+asyncpg",
-    "postgres": "postgresql+asyncpg",
     "sqlite": "sqlite+aiosqlite",
     "mysql": "mysql+asyncmy",
     "mariadb": "mariadb+asyncmy",

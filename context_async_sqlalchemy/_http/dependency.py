@@ -27,7 +27,7 @@ from context_async_sqlalchemy._unit.context import (
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.sessions import create_session
-from context_async_sqlalchemy._unit.settle import abandon, finish, is_success, settle
+from context_async_sqlalchemy._unit.settle import abandon, finish, is_success, settle_request
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.connect import ConnectOptions, DBConnect
 
@@ -188,8 +188,7 @@ class _Request:
             of_route = getattr(self._scope.get("route"), "status_code", None)
             status = self._response.status_code or of_route or 200
         self.succeeded = is_success(status)
-        if not self.context.settles_late:
-            await settle(self.context, commit=self.succeeded)
+        await settle_request(self.context, commit=self.succeeded)
 
 
 @asynccontextmanager

@@ -25,8 +25,8 @@ def add_database_exception_handlers(app: Starlette, retry_after: int = 5) -> Non
     503 with `Retry-After`: the database cannot be reached, was lost, is starting up or shutting
     down, or has too many connections; or no connection was available in time, from it or the pool.
 
-    409: the request lost a serialization race, a deadlock or a lock. Not 503, which tells a load
-    balancer that this process is unhealthy.
+    409: the request lost a serialization race, a deadlock or a lock, SQLite was busy, or a
+    migration came between. Not 503, which tells a load balancer that this process is unhealthy.
 
     Every other error, including a violated constraint and a COMMIT whose outcome is unknown, goes
     to the application's own handler for it, or becomes a 500 as before. No response shows a

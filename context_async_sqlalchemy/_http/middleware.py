@@ -80,13 +80,14 @@ class ASGIHTTPDBSessionMiddleware:
         if scope["type"] != "http" or has_context(scope):
             await self.app(scope, receive, send)
         elif self._replay is None:
-            await self.serve(self.app, scope, receive, send)
+            await self._serve(self.app, scope, receive, send)
         else:
             await self._replay(scope, receive, send)
 
-    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application for a request, in a context of its own."""
         context = open_request_context(scope)
+        # `app` may be one that goes around the application, as in a replay.
         settling = SettlingSend(context, send, self.app, self.before_commit, self.commit_on)
         try:
             try:

@@ -46,7 +46,7 @@ class Replay:
                     await send(message)
             else:
                 respond = partial(middleware.respond_to_failure, attempt.failure)
-                await middleware.serve(respond, scope, receive, send)
+                await middleware._serve(respond, scope, receive, send)
         finally:
             await request.close()
 
@@ -68,19 +68,19 @@ class Replay:
         async for trial in self._retrying(is_repeatable, type(middleware).__name__):
             with trial:
                 if failure is not None:
-                    if await request.has_ended():
+                    if await request.has_obstacle():
                         raise failure
                     request.rewind()
                 is_last = trial.num == self._retrying.attempts
                 attempt.begin(None if is_last else is_repeatable)
                 with suppress(_NotAnswered):
-                    await middleware.serve(attempt, scope, request.receive, attempt.send)
+                    await middleware._serve(attempt, scope, request.receive, attempt.send)
                 if attempt.failure is not None and not attempt.sent:
                     raise attempt.failure
 
 
 class _Attempt:
-    """The application, in an attempt to answer a request.
+    """The application, in one attempt after another to answer a request.
 
     The answer to a transient error is held: it is sent only if the request is not tried again.
     """
@@ -186,7 +186,7 @@ class _ReplayableRequest:
         self._read += 1
         return dict(self._messages[self._read - 1])
 
-    async def has_ended(self) -> bool:
+    async def has_obstacle(self) -> bool:
         """Return whether there is an obstacle; look first whether the client has left."""
         while self.obstacle is None:
             was_complete = self._is_complete

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-from context_async_sqlalchemy._engine.border import note_settled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import is_in_use, wait_until_idle
 from context_async_sqlalchemy._unit.context import DBSessionContext
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, settle
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, settle_request
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Send
 
 
@@ -63,8 +62,7 @@ class SettlingSend:
             sessions = self.context.sessions
             if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
                 await wait_until_idle(sessions)
-            await settle(self.context, commit=commit, before_commit=self.before_commit)
-            note_settled(self.context.sessions)
+            await settle_request(self.context, commit=commit, before_commit=self.before_commit)
 
 
 def _runs_in_another_task(app: ASGIApp) -> bool:

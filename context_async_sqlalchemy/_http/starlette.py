@@ -12,7 +12,6 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from context_async_sqlalchemy._engine.border import note_settled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
 from context_async_sqlalchemy._engine.release import wait_until_idle
@@ -27,7 +26,7 @@ from context_async_sqlalchemy._unit.settle import (
     abandon,
     finish,
     is_success,
-    settle,
+    settle_request,
 )
 
 
@@ -86,8 +85,7 @@ async def starlette_http_db_session_middleware(
             try:
                 # The application goes on with its body meanwhile, until this function reads it.
                 await wait_until_idle(context.sessions)
-                await settle(context, commit=commit, before_commit=before_commit)
-                note_settled(context.sessions)
+                await settle_request(context, commit=commit, before_commit=before_commit)
             except Exception as failure:
                 response = await _handle(request, failure)
                 await finish(context, commit=False)

@@ -83,7 +83,7 @@ class DBSessionContext:
             ) from error
 
     async def end(self, with_close: bool = True) -> None:
-        """Restore the context variable, refuse whatever comes later, close every session."""
+        """Restore the context variable; close every session and refuse what comes later, or not."""
         if self.closed:
             return
         self.closed = True
@@ -102,13 +102,13 @@ class DBSessionContext:
         await close_sessions([held.session for held in self._held if held.is_made])
 
     async def _end_sessions(self, with_close: bool) -> None:
-        sessions, self._held = self._held, []
+        every, self._held = self._held, []
         self.by_key.clear()
         if with_close:
-            for held in sessions:
+            for held in every:
                 if held.is_made:
                     refuse_further_use(held.session)
-            await close_sessions([held.session for held in sessions])
+            await close_sessions([held.session for held in every])
         if self.commits is not None:
             self.commits.stop()
 

@@ -58,6 +58,8 @@ def retry_on_transient_error(
         TypeError: If the decorated object is not an async function.
         ValueError: If `attempts` is less than 1.
     """
+    if callable(attempts):
+        raise TypeError("write @retry_on_transient_error(), with parentheses")
     retrying = Retrying(attempts, timeout, wait_initial, wait_max, wait_jitter)
 
     def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -98,8 +100,6 @@ class Retrying:
         wait_max: float = 5.0,
         wait_jitter: float = 0.1,
     ) -> None:
-        if callable(attempts):
-            raise TypeError("write @retry_on_transient_error(), with parentheses")
         if not isinstance(attempts, int):
             raise TypeError(f"attempts must be an int, not {type(attempts).__name__}")
         if attempts < 1:

@@ -24,7 +24,8 @@ async def db_session(connect: DBConnect[SessionT]) -> SessionT:
 
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
-        RuntimeError: If the context is that of a request which another event loop serves.
+        RuntimeError: If the context is that of a request which another event loop serves, or if the
+            connect's own `before_create_session_handler` asks.
     """
     context = current_context()
     if context.loop is not None and context.loop is not asyncio.get_running_loop():

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy._engine.border import given_session
+from context_async_sqlalchemy._engine.border import given_session, note_settled
 from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
 from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion
@@ -18,7 +18,7 @@ BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | Non
 """Called with each session about to be committed automatically; may be a plain function."""
 
 AWAITED = "context_async_sqlalchemy.awaited"
-"""In the `info` of a session for whose commit something is waiting."""
+"""In the `info` of a session for whose commit something has waited."""
 
 
 def is_success(status_code: int) -> bool:
@@ -29,7 +29,7 @@ def is_success(status_code: int) -> bool:
 async def finish(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
-    """Settle and end a context: every unit of work ends here."""
+    """Settle and end a context: every one that is not ended by hand ends here."""
     try:
         if context.used:
             await settle(context, commit=commit, before_commit=before_commit)
@@ -41,6 +41,15 @@ async def abandon(context: DBSessionContext, error: BaseException) -> None:
     """Roll back and end a context whose work failed with `error`."""
     _explain(error)
     await finish(context, commit=False)
+
+
+async def settle_request(
+    context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
+) -> None:
+    """Settle a request before its response starts or its body ends, unless it asked for later."""
+    if context.used and not context.settles_late:
+        await settle(context, commit=commit, before_commit=before_commit)
+        note_settled(context.sessions)
 
 
 async def settle(

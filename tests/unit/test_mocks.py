@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec
 
+import httpx
 import pytest
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import Depends, FastAPI
+from sqlalchemy import URL, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from context_async_sqlalchemy import (
     DBConnect,
@@ -21,6 +23,10 @@ from context_async_sqlalchemy import (
     rollback_all_sessions,
 )
 from context_async_sqlalchemy._engine.border import password_of
+from context_async_sqlalchemy.fastapi_utils import (
+    DBSessionDependency,
+    add_fastapi_http_db_session_middleware,
+)
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
 from tests.helpers.mocks import connect_mock
@@ -96,6 +102,37 @@ async def test_a_mock_of_a_connect_may_make_real_sessions(
     async with new_db_session_ctx():
         assert await (await db_session(mock)).scalar(select(1)) == 1
     assert connections_out(connect) == 0
+
+
+@pytest.mark.parametrize("has_middleware", [True, False])
+async def test_a_mock_is_settled_once_in_a_request_with_a_dependency(has_middleware: bool) -> None:
+    session = AsyncMock()
+    connect: Any = Mock(context_key="key", create_session=AsyncMock(return_value=session))
+    app, dependency = FastAPI(), Depends(DBSessionDependency(connect))
+    if has_middleware:
+        add_fastapi_http_db_session_middleware(app)
+
+    async def endpoint(given: Any = dependency) -> None:
+        assert given is session
+
+    app.add_api_route("/", endpoint)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/")).status_code == 200
+    session.commit.assert_awaited_once_with()
+    session.close.assert_awaited_once_with()
+
+
+async def test_an_engine_that_is_put_into_a_connect_twice_is_closed_with_it(
+    connect: DBConnect, database_url: URL, database: Database
+) -> None:
+    engine = create_async_engine(database_url)
+    connect._engine = engine
+    connect._engine = engine
+    async with engine.connect():
+        pass
+    await connect.close()
+    await database.is_left_by_all()
 
 
 async def test_before_commit_gets_the_mock_itself() -> None:
