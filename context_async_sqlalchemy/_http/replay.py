@@ -10,6 +10,7 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
+from context_async_sqlalchemy._http.send import ends_body
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated
@@ -118,7 +119,8 @@ class _Attempt:
 
     async def send(self, message: Message) -> None:
         """Pass on a message to the server."""
-        self.sent = True
+        # Starlette's TestClient asks for the other one, which nobody sends to a client.
+        self.sent = self.sent or message["type"] != "http.response.debug"
         await self._send(message)
 
     def may_be_repeated(self, error: Exception) -> bool:
@@ -129,7 +131,7 @@ class _Attempt:
     async def _answer(self, message: Message) -> None:
         if self.held:
             self.held.append(message)
-            if not message.get("more_body", False):
+            if ends_body(message):
                 # Not an Exception, which the application might catch: it must not go on after an
                 # answer that is not sent.
                 raise _NotAnswered
@@ -244,11 +246,13 @@ class _ReplayableRequest:
         return message
 
     async def _next_message(self) -> Message:
-        if self._receiving is None:
-            return await self._receive()
-        await asyncio.wait([self._receiving])
-        receiving, self._receiving = self._receiving, None
-        return receiving.result()
+        # Two tasks may wait: one reads the body, another one watches whether the client leaves.
+        while (receiving := self._receiving) is not None:
+            await asyncio.wait([receiving])
+            if self._receiving is receiving:
+                self._receiving = None
+                return receiving.result()
+        return await self._receive()
 
 
 _MOMENT = 0.001

@@ -40,7 +40,7 @@ class SettlingSend:
                     self.failure = error
                     raise
             self.started = True
-        elif self.started and not message.get("more_body", False):
+        elif self.started and ends_body(message):
             if self.context.used:
                 # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
@@ -63,6 +63,14 @@ class SettlingSend:
             if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
                 await wait_until_idle(sessions)
             await settle_request(self.context, commit=commit, before_commit=self.before_commit)
+
+
+def ends_body(message: Message) -> bool:
+    """Return whether a message is the last part of a body, or the whole of it."""
+    # https://asgi.readthedocs.io/en/latest/extensions.html: what is a body, and what is none, such
+    # as "http.response.push".
+    bodies = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
+    return message["type"] in bodies and not message.get("more_body", False)
 
 
 def _runs_in_another_task(app: ASGIApp) -> bool:
