@@ -68,7 +68,7 @@ async def test_two_loops_at_the_same_time_keep_their_engines_until_both_are_clos
     assert await database.connections() == 2
 
     await connect.close()  # each in its own loop
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await database.connections():
             await asyncio.sleep(0.001)
     closed.set()
@@ -93,7 +93,7 @@ async def test_engines_of_two_loops_that_fail_to_close_are_both_heard_of(
     creators.engines["a"][1].dispose.side_effect = OSError("no route here")
     with pytest.raises(OSError, match="no route here"):
         await connect.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while "no route there" not in caplog.text:
             await asyncio.sleep(0.001)
     closed.set()

@@ -50,7 +50,7 @@ async def set_timeout(connect: DBConnect, name: str) -> None:
 
 async def is_ended(database: Database) -> None:
     """Wait until the server has ended the only other connection."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await database.backends():
             await asyncio.sleep(0.001)
 

@@ -34,7 +34,7 @@ async def in_use(connect: DBConnect, count: int) -> AsyncGenerator[list[AsyncSes
 
 
 async def becomes(condition: Callable[[], Awaitable[bool] | bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             result = condition()
             if result if isinstance(result, bool) else await result:

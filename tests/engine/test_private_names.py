@@ -101,7 +101,7 @@ async def test_a_statement_that_is_executed_is_seen(connect: DBConnect, database
         (connection,) = private_names.connections_of(await _begun(session))
         assert not private_names.is_executing(connection)
         task = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (pid := await database.pid_of("%pg_sleep(10)%")) is None:
                 await asyncio.sleep(0.001)
         assert private_names.is_executing(connection)

@@ -71,7 +71,7 @@ async def test_a_database_that_comes_up_late_is_waited_for(
     directory = tmp_path / "later"
     connect = DBConnect.from_url(f"sqlite:///{directory}/test.db")
     waiting = asyncio.create_task(connect.wait_until_ready(attempts=1000, delay=0.001))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not caplog.messages:
             await asyncio.sleep(0)
     directory.mkdir()

@@ -95,14 +95,14 @@ class Database:
 
     async def is_left_by_all(self) -> None:
         """Wait until no other connection is left: a backend ends a moment after its client."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await self.backends():
                 await asyncio.sleep(0.001)
 
     async def is_quiet(self) -> None:
         """Wait until no other connection is in a transaction, not even one that was just cut."""
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while await self.states():
                     await asyncio.sleep(0.001)
         except TimeoutError:
@@ -150,7 +150,7 @@ async def assert_clean(connect: DBConnect, database: Database) -> None:
     """Check that the pool is whole, and that nothing is in a transaction or a statement."""
     # It takes the server a moment to notice a connection that was cut.
     with suppress(TimeoutError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while connections_out(connect) or await database.states():
                 await asyncio.sleep(0.001)
             return

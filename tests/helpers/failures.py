@@ -68,7 +68,7 @@ async def be_terminated_between_statements(connect: DBConnect, database: Databas
 
 async def be_terminated_inside_a_statement(connect: DBConnect, database: Database) -> None:
     async def terminate() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (pid := await database.pid_of("%pg_sleep%")) is None:
                 await asyncio.sleep(0.001)
         await database.terminate(pid)

@@ -65,7 +65,7 @@ class Outside:
 
 async def until(condition: Callable[[], Any]) -> Any:
     """Wait until a condition, async or not, is true, and return its value."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             result = condition()
             if asyncio.iscoroutine(result):

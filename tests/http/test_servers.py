@@ -111,7 +111,7 @@ async def test_ten_pipelined_requests_are_ten_transactions(
     requests[-1] += "Connection: close\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write("".join(f"{request}\r\n" for request in requests).encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         received = await reader.read()
     writer.close()
     await writer.wait_closed()

@@ -394,7 +394,7 @@ async def test_a_connection_lost_during_commit_is_an_unknown_outcome(
     unit_of_work: Callable[[DBConnect], Coroutine[Any, Any, None]],
 ) -> None:
     task = asyncio.create_task(unit_of_work(connect))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (pid := await database.pid_of("COMMIT%")):
             await asyncio.sleep(0)
     await database.terminate(pid)
@@ -417,7 +417,7 @@ async def test_a_connection_lost_before_commit_is_no_unknown_outcome(
             await database.terminate(await session.scalar(text("SELECT pg_backend_pid()")))
             raw = await (await session.connection()).get_raw_connection()
             assert raw.driver_connection is not None
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 # Until the driver has noticed, it would send the COMMIT.
                 while not raw.driver_connection.is_closed():
                     await asyncio.sleep(0)

@@ -51,7 +51,7 @@ async def outcome(awaitable: Awaitable[Any]) -> BaseException | None:
 
 
 async def statement_is_running(database: Database) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not any(state.startswith("active") for state in await database.states()):
             await asyncio.sleep(0)
 

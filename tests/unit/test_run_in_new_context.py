@@ -116,7 +116,7 @@ async def test_calls_run_concurrently_each_on_its_own_connection(connect: DBConn
     async def backend() -> int:
         session = await db_session(connect)
         pid = await session.scalar(text("SELECT pg_backend_pid()"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await everyone_is_in.wait()
         assert isinstance(pid, int)
         return pid
