@@ -162,11 +162,11 @@ async def test_a_host_that_is_silent_is_given_up(make_cluster: Any) -> None:
     port = silent.sockets[0].getsockname()[1]
     cluster = make_cluster(keep_on_primary(HOSTS))
     url = make_url((await cluster.connect.create_engine(PRIMARY_HOST)).url)
-    handler = keep_on_primary([f"127.0.0.1:{port}", f"{PRIMARY_HOST}:{url.port}"], timeout=0.1)
+    handler = keep_on_primary([f"127.0.0.1:{port}", f"{PRIMARY_HOST}:{url.port}"], timeout=1)
     async with DBConnect.from_url(
         url.set(port=port), before_create_session_handler=handler
     ) as connect:
-        await connect.ping()
+        await connect.ping(timeout=30)
         assert connect.host == f"{PRIMARY_HOST}:{url.port}"
     await left.wait()
     silent.close()
