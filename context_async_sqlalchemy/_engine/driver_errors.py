@@ -126,6 +126,8 @@ def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
         return True  # the driver saw that the connection was closed already, and sent nothing
     if hasattr(error, "sqlite_errorcode") or _timed_out(error) or _sent_nothing(error):
         return True
+    if _kind_of_mysql_number(error) is TransientKind.CONFLICT:
+        return True  # as a cluster of MariaDB does
     return is_from_server(error) and not says_connection_is_lost(error)
 
 

@@ -1,37 +1,25 @@
-"""Guards on an engine's connections, against what drivers and SQLAlchemy let pass."""
+"""Guards on the connections of a connect's engines: each comes home clean, and is closed."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
 
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.border import sync_engine_of
-from context_async_sqlalchemy._engine.driver_errors import is_from_server, is_refused_commit
+from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
     has_failed_to_begin,
     in_greenlet,
-    replace_commit_and_close,
+    replace_close,
 )
 
-_FAILED = "context_async_sqlalchemy.failed_transaction"
 _GUARD = "_context_async_sqlalchemy_guard"
-_DURABLE = "context_async_sqlalchemy.durable"
-
-
-class Durable(Protocol):
-    """Work of which a part is durable, or may be."""
-
-    durable: bool
 
 
 def guard(engine: AsyncEngine) -> None:
@@ -62,11 +50,6 @@ async def retire(engine: AsyncEngine) -> None:
         await guard.finish_closing()
 
 
-def note_commits(connection: Connection, work: Durable) -> None:
-    """Note on `work` each commit of `connection`, until that is back in the pool."""
-    connection.info[_DURABLE] = work
-
-
 def _guard_of(engine: Engine) -> _Guard | None:
     # On the dialect, which the copies made by Engine.execution_options() share.
     guard: _Guard | None = getattr(engine.dialect, _GUARD, None)
@@ -79,13 +62,11 @@ class _Guard:
     def __init__(self, engine: Engine) -> None:
         self.users = 0  # with none left, a connection that comes back is closed
         self._dialect = engine.dialect
-        self._do_commit = engine.dialect.do_commit
         self._do_close = engine.dialect.do_close
         self._closing: set[asyncio.Task[None]] = set()
-        replace_commit_and_close(engine.dialect, self._check_and_commit, self._close)
+        check_commits(engine)
+        replace_close(engine.dialect, self._close)
         event.listen(engine.pool, "checkin", self._on_checkin)
-        if isinstance(engine.dialect, PGDialect):
-            event.listen(engine, "handle_error", self._on_error)
 
     async def finish_closing(self) -> None:
         """Wait for the connections that are being closed."""
@@ -110,42 +91,9 @@ class _Guard:
             logger.warning("A connection failed to close", exc_info=True)
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        entry.info.pop(_FAILED, None)
-        entry.info.pop(_DURABLE, None)
         driver = entry.driver_connection
         is_in_transaction = getattr(driver, "is_in_transaction", bool)  # asyncpg's
         if is_in_transaction() or has_failed_to_begin(driver):
             entry.invalidate()
         elif not self.users:
             entry.close()
-
-    def _on_error(self, context: ExceptionContext) -> None:
-        connection, error = context.connection, context.original_exception
-        if connection is None or context.is_disconnect or not is_from_server(error):
-            return
-        if getattr(connection.connection.dbapi_connection, "autocommit", False):
-            return
-        known = connection.info.get(_FAILED)
-        if known is None or not known[0].is_active:
-            failed = connection.get_nested_transaction() or connection.get_transaction()
-            connection.info[_FAILED] = failed, error
-
-    def _check_and_commit(self, connection: PoolProxiedConnection) -> None:
-        info = getattr(connection, "info", {})
-        failed, error = info.get(_FAILED, (None, None))
-        if failed is not None and failed.is_active:
-            raise PendingRollbackError(
-                "A statement of this transaction has failed, and PostgreSQL would answer its "
-                "COMMIT with a ROLLBACK: nothing of it would be stored. Roll back; or run a "
-                "statement that may fail in 'async with session.begin_nested():'."
-            ) from error
-        work: Durable | None = info.get(_DURABLE)
-        if work is None or work.durable:
-            self._do_commit(connection)
-            return
-        work.durable = True
-        try:
-            self._do_commit(connection)
-        except Exception as commit_error:
-            work.durable = not is_refused_commit(commit_error, self._dialect)
-            raise

@@ -7,7 +7,7 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import ModuleType
+from types import ModuleType, new_class
 from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool
@@ -39,6 +39,13 @@ def is_committed(transaction: SessionTransaction) -> bool:
     return transaction._state is SessionTransactionState.COMMITTED
 
 
+def takes_one_engine(session: Session) -> bool:
+    """Return whether a session, unless told otherwise, takes the connections of its `bind` only."""
+    # SQLAlchemy 2.1 has a public name for them.
+    binds = getattr(session, "binds", None) or getattr(session, "_Session__binds", None)
+    return type(session).get_bind is Session.get_bind and not binds
+
+
 def is_changing(transaction: SessionTransaction) -> bool:
     """Return whether a task is taking a connection, or ending the transaction."""
     # SQLAlchemy refuses a second task then, and has no way to ask before.
@@ -47,8 +54,13 @@ def is_changing(transaction: SessionTransaction) -> bool:
 
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is inside a statement of a connection."""
-    lock = lock_of(connection.connection.dbapi_connection)
-    return lock is not None and lock.locked()
+    adapter = connection.connection.dbapi_connection
+    lock = lock_of(adapter)
+    if lock is not None and lock.locked():
+        return True
+    # psycopg queues statements itself, and is public about what it does.
+    status = getattr(getattr(adapter, "info", None), "transaction_status", None)
+    return getattr(status, "name", None) == "ACTIVE"
 
 
 def lock_of(connection: object) -> asyncio.Lock | None:
@@ -92,15 +104,47 @@ def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
 # What is set or replaced
 
 
-def replace_commit_and_close(
-    dialect: Dialect,
-    do_commit: Callable[[Any], None],
-    do_close: Callable[[DBAPIConnection], None],
-) -> None:
-    """Let every engine with this dialect commit, and close its connections, by these functions."""
-    # The event "commit" makes every statement of an engine slower; "close" can change nothing.
+def replace_commit(dialect: Dialect, do_commit: Callable[[Any], None]) -> None:
+    """Let every engine with this dialect commit by this function."""
+    # The event "commit" makes every statement of an engine slower, and comes too early.
     dialect.do_commit = do_commit  # type: ignore[assignment]
+
+
+def replace_close(dialect: Dialect, do_close: Callable[[DBAPIConnection], None]) -> None:
+    """Let every engine with this dialect close its connections by this function."""
+    # The event "close" can change nothing.
     dialect.do_close = do_close  # type: ignore[assignment]
+
+
+class CommitWasRollbackError(Exception):
+    """The server has answered a COMMIT with ROLLBACK, or would."""
+
+
+def let_commit_tell(driver_connection: Any) -> None:
+    """Let a connection of asyncpg raise `CommitWasRollbackError`."""
+    # Its transaction ignores the tag of the answer, and its connection has no way to be asked. A
+    # `connection_class` would miss the engines that others make.
+    cls = type(driver_connection)
+    if not issubclass(cls, _TellsOfCommit) and hasattr(cls, "get_server_pid"):
+        if cls not in _telling:
+            namespace = {"__slots__": (), "__module__": cls.__module__}
+            _telling[cls] = new_class(
+                cls.__name__, (_TellsOfCommit, cls), exec_body=lambda ns: ns.update(namespace)
+            )
+        driver_connection.__class__ = _telling[cls]
+
+
+class _TellsOfCommit:
+    __slots__ = ()
+
+    async def execute(self, query: str, *args: Any, **options: Any) -> str:
+        tag: str = await super().execute(query, *args, **options)  # type: ignore[misc]
+        if tag == "ROLLBACK" and query == "COMMIT;":
+            raise CommitWasRollbackError
+        return tag
+
+
+_telling: dict[type, type] = {}
 
 
 def replace_get_bind(session: Session, get_bind: Callable[..., NoReturn]) -> None:

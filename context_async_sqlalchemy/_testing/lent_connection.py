@@ -36,6 +36,10 @@ class LentConnection:
         is_its_turn = self._shared.turns.has(self)
         return lock_of(self._shared.driver) if is_its_turn else None
 
+    @property
+    def info(self) -> Any:  # psycopg's; the same
+        return self._shared.driver.info if self._shared.turns.has(self) else None
+
     def cursor(self, *args: Any, **options: Any) -> Any:
         self._shared.enter(self)
         return self._shared.driver.cursor(*args, **options)

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, NullPool, Pool, event
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from context_async_sqlalchemy._engine import sqlite
 from context_async_sqlalchemy._engine.private_names import replace_pool
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
@@ -37,6 +38,9 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
         if sync_engine.dialect.name == "sqlite":
             event.listen(sync_engine, "before_cursor_execute", _skip_begin, retval=True)
+        has_savepoint = event.contains(sync_engine, "begin", sqlite.begin)
+        if has_savepoint:
+            event.remove(sync_engine, "begin", sqlite.begin)
         try:
             yield shared
         finally:
@@ -44,6 +48,8 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
             event.remove(sync_engine, "begin_twophase", _refuse_two_phases)
             if sync_engine.dialect.name == "sqlite":
                 event.remove(sync_engine, "before_cursor_execute", _skip_begin)
+            if has_savepoint:
+                event.listen(sync_engine, "begin", sqlite.begin)
             await run_to_completion(shared.end())
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy._engine.border import given_session, real_session
+from context_async_sqlalchemy._engine.commits import check_commits_of
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy.exceptions import ContextClosedError, ContextNotInitiatedError
@@ -54,7 +55,9 @@ class DBSessionContext:
         self.used = True
         self.by_key[context_key] = session
         if all(given_session(held.session) is not session for held in self._held):
-            self._held.append(_Held(real_session(session), is_made))
+            real = real_session(session)
+            check_commits_of(real)
+            self._held.append(_Held(real, is_made))
         if self.commits is not None:
             self.commits.watch(context_key, session)
 

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from context_async_sqlalchemy._engine.border import real_session
-from context_async_sqlalchemy._engine.guard import note_commits
+from context_async_sqlalchemy._engine.commits import note_commits
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import (
     await_only,

@@ -8,6 +8,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy._engine.border import given_session, note_settled
+from context_async_sqlalchemy._engine.commits import check_open_connections
 from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
 from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion
@@ -74,6 +75,7 @@ async def settle(
 
 async def commit_session(session: AsyncSession) -> None:
     """Commit a session; if its connection is lost meanwhile, nobody can know the outcome."""
+    check_open_connections(session)
     try:
         if AWAITED in session.info:
             # Cancelled during COMMIT, nobody would know whether to run what waits for it.

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import fastapi.routing
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, Request
-from sqlalchemy import NullPool, QueuePool, create_engine, event, select, text
+from sqlalchemy import URL, NullPool, QueuePool, create_engine, event, select, text
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -26,6 +28,7 @@ import context_async_sqlalchemy
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy._engine import private_names
 from tests.helpers.database import Database
+from tests.helpers.models import Item
 
 PACKAGE = Path(context_async_sqlalchemy.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -78,6 +81,37 @@ async def test_a_transaction_is_committed_between_its_commit_and_its_end(
     assert seen == [False, True]
 
 
+def test_a_session_that_may_take_connections_elsewhere_is_known() -> None:
+    class Routing(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    engine = create_engine("sqlite://")
+    assert private_names.takes_one_engine(Session(engine))
+    assert not private_names.takes_one_engine(Session(engine, binds={Item: engine}))
+    assert not private_names.takes_one_engine(Routing(engine))
+
+
+async def test_a_commit_that_was_a_rollback_is_told(connect: DBConnect) -> None:
+    async with new_non_ctx_session(connect) as session:
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        cls = type(driver)
+        assert issubclass(cls, asyncpg.Connection)
+        await session.rollback()
+        private_names.let_commit_tell(driver)
+        private_names.let_commit_tell(driver)
+        assert type(driver).__mro__[2] is cls
+        assert type(driver).__name__ == cls.__name__
+        for statement, is_told in ("SELECT 1", False), ("SELECT 1 / 0", True):
+            transaction = driver.transaction()
+            await transaction.start()
+            with suppress(asyncpg.PostgresError):
+                await driver.execute(statement)
+            with pytest.raises(private_names.CommitWasRollbackError) if is_told else nullcontext():
+                await transaction.commit()
+    private_names.let_commit_tell(object())
+
+
 async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) -> None:
     async with new_non_ctx_session(any_connect) as session:
         await session.begin()
@@ -96,8 +130,12 @@ async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) ->
         assert not private_names.is_changing(transaction)
 
 
-async def test_a_statement_that_is_executed_is_seen(connect: DBConnect, database: Database) -> None:
-    async with new_non_ctx_session(connect) as session:
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_statement_that_is_executed_is_seen(
+    driver: str, database_url: URL, database: Database
+) -> None:
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with DBConnect.from_url(url) as connect, new_non_ctx_session(connect) as session:
         (connection,) = private_names.connections_of(await _begun(session))
         assert not private_names.is_executing(connection)
         task = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
@@ -228,7 +266,8 @@ def test_an_engine_commits_and_closes_by_what_is_put_there() -> None:
         called.append("close")
         do_close(connection)
 
-    private_names.replace_commit_and_close(engine.dialect, commit, close)
+    private_names.replace_commit(engine.dialect, commit)
+    private_names.replace_close(engine.dialect, close)
     with engine.execution_options(a=1).begin() as connection:  # a copy
         connection.execute(select(1))
     assert called == ["commit", "close"]
@@ -329,8 +368,9 @@ def test_every_private_name_has_a_test() -> None:
         for name, value in vars(private_names).items()
         if getattr(value, "__module__", None) == private_names.__name__
     }
+    functions -= {"_TellsOfCommit"}
     tested = set(inspect.getsource(inspect.getmodule(transaction_of)).split("private_names.")[1:])  # type: ignore[arg-type]
-    used = {part.split("(")[0] for part in tested}
+    used = {re.split(r"\W", part)[0] for part in tested}
     assert functions - used == set()
     assert len(functions) > 12
 

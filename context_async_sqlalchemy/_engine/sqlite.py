@@ -1,0 +1,60 @@
+"""SQLite's transactions, made whole: their beginning, their end, and foreign keys."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+HAS_SAVEPOINT = "context_async_sqlalchemy.has_savepoint"
+"""In the `info` of a connection: whether its transaction has begun with a savepoint."""
+
+_SAVEPOINT = "context_async_sqlalchemy"
+
+
+def complete_transactions(engine: Engine) -> None:
+    """Let the transactions of an engine include all, and foreign keys be enforced."""
+    event.listen(engine, "connect", _enforce_foreign_keys)
+    event.listen(engine, "begin", begin)
+
+
+def begin(connection: Connection) -> None:
+    """Begin a transaction with a savepoint, which is there as long as the transaction is."""
+    # The driver would begin only before INSERT, UPDATE or DELETE: neither a savepoint nor DDL
+    # before it would be part of the transaction. SQLAlchemy's page also tells to set this attribute
+    # to None, but that means AUTOCOMMIT to SQLAlchemy; having begun already, the driver does not.
+    fairy = connection.connection
+    driver: Any = fairy.dbapi_connection
+    level = driver.isolation_level
+    fairy.info[HAS_SAVEPOINT] = level is not None
+    if level is not None:
+        if level.upper() not in ("", "DEFERRED"):
+            connection.exec_driver_sql(f"BEGIN {level}")
+        # Outside of a transaction it is the same as BEGIN DEFERRED.
+        # https://www.sqlite.org/lang_savepoint.html
+        connection.exec_driver_sql(f"SAVEPOINT {_SAVEPOINT}")
+
+
+def release_savepoint(connection: PoolProxiedConnection) -> bool:
+    """Release the savepoint with which a transaction has begun, if so; return whether it is there.
+
+    If it began the transaction, that is a COMMIT. SQLite ends a transaction without being asked,
+    as in INSERT OR ROLLBACK, in a trigger, or if the disk is full; the driver then begins another
+    one before the next write.
+    """
+    if not connection.info.pop(HAS_SAVEPOINT, False):
+        return True
+    driver: Any = connection.dbapi_connection
+    try:
+        driver.run_async(lambda raw: raw.execute(f"RELEASE {_SAVEPOINT}"))
+    except driver.dbapi.OperationalError as error:
+        if "no such savepoint" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
