@@ -1,6 +1,5 @@
 """Rolling back and closing sessions: whatever happens, their connections come home."""
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
@@ -55,12 +54,6 @@ def is_in_use(session: AsyncSession) -> bool:
         private_names.is_changing(transaction)
         or any(map(private_names.is_executing, private_names.connections_of(transaction)))
     )
-
-
-async def wait_until_idle(sessions: Sequence[AsyncSession]) -> None:
-    """Wait until no task is inside a statement of one of `sessions`."""
-    while any(map(is_in_use, sessions)):  # noqa: ASYNC110  # SQLAlchemy has no event for it
-        await asyncio.sleep(0.001)
 
 
 def connections_of(session: AsyncSession) -> list[Connection]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypedDict
 
+from context_async_sqlalchemy._http.hand_over import HAND_OVER, see_hand_over
 from context_async_sqlalchemy._http.replay import Replay
 from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import (
@@ -74,21 +75,31 @@ class ASGIHTTPDBSessionMiddleware:
         self.app = app
         self.before_commit = before_commit
         self.commit_on = commit_on
+        self._sees_hand_over = see_hand_over(app)
         self._replay = Replay(self, attempts, replay_body_limit) if attempts != 1 else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or has_context(scope):
             await self.app(scope, receive, send)
-        elif self._replay is None:
+            return
+        if not self._sees_hand_over:
+            self._sees_hand_over = see_hand_over(self.app)
+        if self._replay is None:
             await self._serve(self.app, scope, receive, send)
         else:
             await self._replay(scope, receive, send)
 
-    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self,
+        app: Callable[[Scope, Receive, SettlingSend], Awaitable[None]],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         """Call the application for a request, in a context of its own."""
         context = open_request_context(scope)
-        # `app` may be one that goes around the application, as in a replay.
-        settling = SettlingSend(context, send, self.app, self.before_commit, self.commit_on)
+        settling = SettlingSend(context, send, self.before_commit, self.commit_on)
+        scope[HAND_OVER] = settling.hand_over
         try:
             try:
                 await app(scope, receive, settling)
@@ -104,6 +115,8 @@ class ASGIHTTPDBSessionMiddleware:
         else:
             commit = settling.succeeded()
             await finish(context, commit=commit, before_commit=self.before_commit)
+        finally:
+            scope.pop(HAND_OVER, None)  # it refers to the server's `send`, which may refer to this
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send

@@ -10,7 +10,7 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
-from context_async_sqlalchemy._http.send import ends_body
+from context_async_sqlalchemy._http.send import SettlingSend, ends_body
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated
@@ -36,7 +36,7 @@ class Replay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         middleware = self._middleware
         request = _ReplayableRequest(scope, receive, self._body_limit)
-        attempt = _Attempt(middleware.app, send, middleware.commit_on)
+        attempt = _Attempt(middleware.app, send)
         try:
             await self._try(attempt, request, scope)
         except Exception:
@@ -86,14 +86,13 @@ class _Attempt:
     The answer to a transient error is held: it is sent only if the request is not tried again.
     """
 
-    def __init__(self, app: ASGIApp, send: Send, commit_on: Callable[[int], bool]) -> None:
+    def __init__(self, app: ASGIApp, send: Send) -> None:
         self.sent = False
         self.failure: Exception | None = None  # transient, and because of it nothing was sent
         self.held: list[Message] = []  # the answer to it, if the application has one
         self._app = app
         self._send = send
-        self._settling: Send = send
-        self._commit_on = commit_on
+        self._settling: SettlingSend | None = None
         self._is_repeatable: Callable[[Exception], bool] | None = None
         self._context: DBSessionContext | None = None
         self._is_refused = False  # the commit has failed, with an error that is not repeated
@@ -104,18 +103,29 @@ class _Attempt:
         self.held = []
         self._is_repeatable = is_repeatable
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: SettlingSend) -> None:
         self._context = current_context()
         watch_commits(self._context)
         self._settling = send
         try:
             await self._app(scope, receive, self._answer)
         except BaseException as error:
+            self._look_at_commit(send)
             is_answer = self.held and not isinstance(error, _ENDS_THE_TASK)
             if self.failure is None or self.sent or not (is_answer or isinstance(error, Exception)):
                 raise
+        else:
+            self._look_at_commit(send)
         if self.failure is not None and not self.sent:
             raise _NotAnswered  # which rolls back
+
+    def _look_at_commit(self, settling: SettlingSend) -> None:
+        error = settling.failure
+        if error is not None and self._is_repeatable is not None and self.failure is None:
+            if not self.sent and self._is_repeatable(error):
+                self.failure = error
+            else:
+                self._is_refused = True
 
     async def send(self, message: Message) -> None:
         """Pass on a message to the server."""
@@ -136,29 +146,21 @@ class _Attempt:
                 # answer that is not sent.
                 raise _NotAnswered
             return
-        if self._is_repeatable is None or message["type"] != "http.response.start":
-            await self._settling(message)
-            return
-        # An exception handler, such as Starlette's, answers from within `except`.
-        answered = sys.exception()
-        if (
-            isinstance(answered, Exception)
-            and not self._commit_on(message["status"])
-            and self._is_repeatable(answered)
-        ):
-            self.failure = answered
-            self.held.append(message)
-            # No connection is held while the rest of it is made.
-            await settle(current_context(), commit=False)
-            return
-        try:
-            await self._settling(message)
-        except Exception as error:
-            if not self.sent and self._is_repeatable(error):
-                self.failure = error
-            else:
-                self._is_refused = True
-            raise
+        settling = self._settling
+        assert settling is not None
+        if self._is_repeatable is not None and message["type"] == "http.response.start":
+            answered = settling.handled_error()
+            if (
+                isinstance(answered, Exception)
+                and not settling.asks_for_commit(message["status"])
+                and self._is_repeatable(answered)
+            ):
+                self.failure = answered
+                self.held.append(message)
+                # No connection is held while the rest of it is made.
+                await settle(current_context(), commit=False)
+                return
+        await settling(message)
 
 
 class _NotAnswered(BaseException):

@@ -1,12 +1,16 @@
 """The `send` of a request, which settles its context before the response starts."""
 
+import sys
 from collections.abc import Callable
 
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.release import is_in_use, wait_until_idle
 from context_async_sqlalchemy._unit.context import DBSessionContext
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, settle_request
-from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Send
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback,
+    is_success,
+    settle_request,
+)
+from context_async_sqlalchemy.asgi_types import Message, Send
 
 
 class SettlingSend:
@@ -16,36 +20,74 @@ class SettlingSend:
         self,
         context: DBSessionContext,
         send: Send,
-        app: ASGIApp,
         before_commit: BeforeCommitCallback | None,
         commit_on: Callable[[int], bool],
     ) -> None:
         self.context = context
         self.send = send
-        self.app = app
         self.before_commit = before_commit
         self.commit_on = commit_on
         self.started = False
         self.completed = False  # the last part of the body was sent
         self.commit = False  # what the status of the response asks for
         self.failure: Exception | None = None  # kept a response from starting
+        self.answered: BaseException | None = None  # what was handled while the answer was made
+        self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
+        self._is_handed_over = False
+        self._is_settled = False  # and what is open now is the body's
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.commit = self.commit_on(message["status"])
-            if self.context.used:
-                try:
-                    await self._settle(self.commit)
-                except Exception as error:
-                    self.failure = error
-                    raise
+            await self.settle_by(message["status"])
             self.started = True
+            self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
             if self.context.used:
                 # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
         await self.send(message)
+
+    async def hand_over(self, message: Message, outer: BaseException | None) -> None:
+        """Take the start of a response from the application itself.
+
+        Who called it handles the error `outer`. What it did is settled now if the body is still to
+        be made: that may begin before the response starts, and has a transaction of its own.
+        """
+        if not self._is_handed_over:
+            self._is_handed_over = True
+            self._outer = (*self._outer, outer)
+            self.answered = self.handled_error()
+            if _is_streamed(message):
+                await self.settle_by(message["status"])
+                self._is_settled = True
+
+    async def settle_by(self, status: int) -> None:
+        """Settle what is open, unless it is the body's, by the status of the response."""
+        if self._is_settled:
+            return
+        self.commit = self.asks_for_commit(status)
+        if self.context.used:
+            try:
+                await self._settle(self.commit)
+            except Exception as error:
+                self.failure = error
+                raise
+
+    def asks_for_commit(self, status: int) -> bool:
+        """Return whether a response with this status, made now, asks for a commit."""
+        commit = self.commit_on(status)
+        if not commit or self.commit_on is not is_success:
+            return commit
+        # An exception handler, such as Starlette's, answers from within `except`. An exception that
+        # is an answer itself, such as an HTTPException, goes by its status.
+        error = self.handled_error()
+        return error is None or getattr(error, "status_code", None) == status
+
+    def handled_error(self) -> BaseException | None:
+        """Return the error that is, or was, handled while the response is made."""
+        error = self.answered or sys.exception()
+        return error if error not in self._outer else None
 
     def succeeded(self) -> bool:
         """Return whether to commit what is open when the application has returned."""
@@ -58,11 +100,7 @@ class SettlingSend:
         return self.completed and (self.commit or not self.context.settles_late)
 
     async def _settle(self, commit: bool) -> None:
-        if not self.context.settles_late:
-            sessions = self.context.sessions
-            if any(map(is_in_use, sessions)) and _runs_in_another_task(self.app):
-                await wait_until_idle(sessions)
-            await settle_request(self.context, commit=commit, before_commit=self.before_commit)
+        await settle_request(self.context, commit=commit, before_commit=self.before_commit)
 
 
 def ends_body(message: Message) -> bool:
@@ -73,12 +111,7 @@ def ends_body(message: Message) -> bool:
     return message["type"] in bodies and not message.get("more_body", False)
 
 
-def _runs_in_another_task(app: ASGIApp) -> bool:
-    # Inside a BaseHTTPMiddleware of Starlette the application goes on with its body while its
-    # response is started out here. That it may be inside a statement is not a mistake then.
-    inner: object = app
-    while inner is not None:
-        if any(cls.__name__ == "BaseHTTPMiddleware" for cls in type(inner).__mro__):
-            return True
-        inner = getattr(inner, "app", None) or getattr(inner, "middleware_stack", None)
-    return False
+def _is_streamed(message: Message) -> bool:
+    """Return whether the body of a response is still to be made when it starts."""
+    # What has been made has a length.
+    return all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))

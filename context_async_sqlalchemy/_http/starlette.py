@@ -10,23 +10,23 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
-from context_async_sqlalchemy._engine.release import wait_until_idle
+from context_async_sqlalchemy._http.hand_over import HAND_OVER, see_hand_over
 from context_async_sqlalchemy._http.middleware import (
     ASGIHTTPDBSessionMiddleware,
     has_context,
     open_request_context,
 )
+from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import DBSessionContext
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
     finish,
     is_success,
-    settle_request,
 )
 
 
@@ -77,20 +77,24 @@ async def starlette_http_db_session_middleware(
     if has_context(request.scope):
         return await call_next(request)
 
+    see_hand_over(request.scope.get("app"))
     context = open_request_context(request.scope)
+    settling = SettlingSend(context, _send_nothing, before_commit, is_success)
+    request.scope[HAND_OVER] = settling.hand_over
     try:
-        response = await call_next(request)
-        commit = is_success(response.status_code)
-        if not context.settles_late:
+        try:
             try:
-                # The application goes on with its body meanwhile, until this function reads it.
-                await wait_until_idle(context.sessions)
-                await settle_request(context, commit=commit, before_commit=before_commit)
-            except Exception as failure:
-                response = await _handle(request, failure)
-                await finish(context, commit=False)
-                return response
-        commit = commit or not context.settles_late
+                response = await call_next(request)
+            finally:
+                request.scope.pop(HAND_OVER, None)
+            await settling.settle_by(response.status_code)
+        except Exception:
+            if settling.failure is None:
+                raise
+            response = await _handle(request, settling.failure)
+            await finish(context, commit=False)
+            return response
+        commit = settling.commit or not context.settles_late
         end = partial(finish, context, commit=commit, before_commit=before_commit)
         if "body_iterator" in vars(response):
             context.leave()
@@ -137,6 +141,10 @@ class _EndingResponse(Response):
             yield part
         self._context.enter()
         await self._end()
+
+
+async def _send_nothing(_: Message) -> None:
+    """Stand in for the `send` of the server, which a dispatch function does not see."""
 
 
 async def _handle(request: Request, error: Exception) -> Response:

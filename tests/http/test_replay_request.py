@@ -175,7 +175,7 @@ async def test_the_scope_is_as_it_was_for_each_attempt() -> None:
             {
                 key: value.copy() if isinstance(value, (dict, list)) else value
                 for key, value in scope.items()
-                if key != "context_async_sqlalchemy"
+                if not key.startswith("context_async_sqlalchemy")
             }
         )
         scope["path"] = "/changed"

@@ -1,0 +1,58 @@
+"""Sees when the application hands over its response, inside every other middleware."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
+
+HAND_OVER = "context_async_sqlalchemy.hand_over"
+"""In the scope of a request: what is awaited with the start of the response, see `HandOver`."""
+
+
+def see_hand_over(app: object) -> bool:
+    """Put a `HandOver` around the application inside the middleware `app`; return whether it is in.
+
+    It is not if `app` is an application of Starlette's that has not put its middleware together.
+    """
+    layer: Any = None
+    inner: Any = app
+    while (layer_inside := _inside(inner)) is not None:
+        layer, inner = inner, layer_inside
+    if layer is not None and not isinstance(inner, HandOver):
+        name = "app" if "app" in vars(layer) else "middleware_stack"
+        setattr(layer, name, HandOver(inner))
+    return "middleware_stack" not in getattr(inner, "__dict__", ())
+
+
+def _inside(layer: object) -> Callable[..., Any] | None:
+    # Where middlewares keep what they go around; not by getattr(), to which a mock has an answer.
+    attributes = getattr(layer, "__dict__", {})
+    inner = attributes.get("app") or attributes.get("middleware_stack")
+    return inner if callable(inner) else None
+
+
+class HandOver:
+    """Goes around the application itself, inside every middleware.
+
+    Other middlewares hold the start of a response back, or pass it on in another task: meanwhile
+    its body has begun.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hand_over = scope.get(HAND_OVER)
+        if hand_over is None:
+            await self.app(scope, receive, send)
+            return
+
+        outer = sys.exception()
+
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await hand_over(message, outer)
+            await send(message)
+
+        await self.app(scope, receive, send_on)
