@@ -125,7 +125,7 @@ def let_commit_tell(driver_connection: Any) -> None:
     # Its transaction ignores the tag of the answer, and its connection has no way to be asked. A
     # `connection_class` would miss the engines that others make.
     cls = type(driver_connection)
-    if not issubclass(cls, _TellsOfCommit) and hasattr(cls, "get_server_pid"):
+    if cls not in _telling.values() and hasattr(cls, "get_server_pid"):
         if cls not in _telling:
             namespace = {"__slots__": (), "__module__": cls.__module__}
             _telling[cls] = new_class(

@@ -6,9 +6,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-HAS_SAVEPOINT = "context_async_sqlalchemy.has_savepoint"
-"""In the `info` of a connection: whether its transaction has begun with a savepoint."""
-
+_HAS_SAVEPOINT = "context_async_sqlalchemy.has_savepoint"
 _SAVEPOINT = "context_async_sqlalchemy"
 
 
@@ -16,6 +14,7 @@ def complete_transactions(engine: Engine) -> None:
     """Let the transactions of an engine include all, and foreign keys be enforced."""
     event.listen(engine, "connect", _enforce_foreign_keys)
     event.listen(engine, "begin", begin)
+    event.listen(engine.pool, "checkin", _forget)
 
 
 def begin(connection: Connection) -> None:
@@ -26,7 +25,7 @@ def begin(connection: Connection) -> None:
     fairy = connection.connection
     driver: Any = fairy.dbapi_connection
     level = driver.isolation_level
-    fairy.info[HAS_SAVEPOINT] = level is not None
+    fairy.info[_HAS_SAVEPOINT] = level is not None
     if level is not None:
         if level.upper() not in ("", "DEFERRED"):
             connection.exec_driver_sql(f"BEGIN {level}")
@@ -42,7 +41,7 @@ def release_savepoint(connection: PoolProxiedConnection) -> bool:
     as in INSERT OR ROLLBACK, in a trigger, or if the disk is full; the driver then begins another
     one before the next write.
     """
-    if not connection.info.pop(HAS_SAVEPOINT, False):
+    if not connection.info.pop(_HAS_SAVEPOINT, False):
         return True
     driver: Any = connection.dbapi_connection
     try:
@@ -58,3 +57,7 @@ def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _forget(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+    entry.info.pop(_HAS_SAVEPOINT, None)

@@ -113,5 +113,5 @@ def ends_body(message: Message) -> bool:
 
 def _is_streamed(message: Message) -> bool:
     """Return whether the body of a response is still to be made when it starts."""
-    # What has been made has a length.
-    return all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+    # What has been made has a length. ASGI has the names of headers in lower case.
+    return b"content-length" not in {name for name, _ in message.get("headers", ())}

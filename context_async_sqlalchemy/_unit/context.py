@@ -46,6 +46,10 @@ class DBSessionContext:
         """Every session to settle and to close, in the order they were made."""
         return [held.session for held in self._held]
 
+    def is_settled(self) -> bool:
+        """Return whether there is nothing to commit or roll back, and no callback that waits."""
+        return self.commits is None and not self.in_transaction()
+
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
         return [held.session for held in self._held if held.session.in_transaction()]

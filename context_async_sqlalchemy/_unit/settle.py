@@ -32,7 +32,7 @@ async def finish(
 ) -> None:
     """Settle and end a context: every one that is not ended by hand ends here."""
     try:
-        if context.used:
+        if not context.is_settled():
             await settle(context, commit=commit, before_commit=before_commit)
     finally:
         await context.end()
@@ -48,7 +48,7 @@ async def settle_request(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Settle a request before its response starts or its body ends, unless it asked for later."""
-    if context.used and not context.settles_late:
+    if not (context.settles_late or context.is_settled()):
         await settle(context, commit=commit, before_commit=before_commit)
         note_settled(context.sessions)
 
