@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypedDict
 
-from context_async_sqlalchemy._http.hand_over import HAND_OVER, see_hand_over
+from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
 from context_async_sqlalchemy._http.replay import Replay
 from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import (
@@ -99,7 +99,7 @@ class ASGIHTTPDBSessionMiddleware:
         """Call the application for a request, in a context of its own."""
         context = open_request_context(scope)
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
-        scope[HAND_OVER] = settling.hand_over
+        scope[RECIPIENT] = settling
         try:
             try:
                 await app(scope, receive, settling)
@@ -116,7 +116,9 @@ class ASGIHTTPDBSessionMiddleware:
             commit = settling.succeeded()
             await finish(context, commit=commit, before_commit=self.before_commit)
         finally:
-            scope.pop(HAND_OVER, None)  # it refers to the server's `send`, which may refer to this
+            # The server's `send` may refer to the scope, and the error to all of this.
+            scope.pop(RECIPIENT, None)
+            settling.error = None
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send

@@ -33,6 +33,7 @@ class SettlingSend:
         self.failure: Exception | None = None  # kept a response from starting
         self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
+        self.error: BaseException | None = None  # with which the application has ended
         self._is_handed_over = False
         self._is_settled = False  # and what is open now is the body's
 
@@ -42,13 +43,15 @@ class SettlingSend:
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
+            if self.error is not None:
+                raise self.error  # which another middleware has kept to itself
             if self.context.used:
                 # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
         await self.send(message)
 
-    async def hand_over(self, message: Message, outer: BaseException | None) -> None:
+    async def hand_over(self, start: Message, outer: BaseException | None) -> None:
         """Take the start of a response from the application itself.
 
         Who called it handles the error `outer`. What it did is settled now if the body is still to
@@ -58,9 +61,13 @@ class SettlingSend:
             self._is_handed_over = True
             self._outer = (*self._outer, outer)
             self.answered = self.handled_error()
-            if _is_streamed(message):
-                await self.settle_by(message["status"])
+            if _is_streamed(start):
+                await self.settle_by(start["status"])
                 self._is_settled = True
+
+    def fail(self, error: BaseException) -> None:
+        """Take the error with which the application has ended."""
+        self.error = error
 
     async def settle_by(self, status: int) -> None:
         """Settle what is open, unless it is the body's, by the status of the response."""
