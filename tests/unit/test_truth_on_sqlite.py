@@ -36,13 +36,13 @@ from tests.helpers.models import Base, Item
 from tests.helpers.raw import raw_of
 from tests.helpers.sqlite import begin_explicitly
 
-TABLES = """
-    CREATE TABLE once (name UNIQUE ON CONFLICT ROLLBACK);
-    CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.name = 'refused'
-        BEGIN SELECT RAISE(ROLLBACK, 'refused'); END;
-    CREATE TRIGGER abort BEFORE INSERT ON item WHEN new.name = 'aborted'
-        BEGIN SELECT RAISE(ABORT, 'aborted'); END;
-"""
+TABLES = [
+    "CREATE TABLE once (name UNIQUE ON CONFLICT ROLLBACK)",
+    "CREATE TRIGGER refuse BEFORE INSERT ON item WHEN new.name = 'refused'"
+    " BEGIN SELECT RAISE(ROLLBACK, 'refused'); END",
+    "CREATE TRIGGER abort BEFORE INSERT ON item WHEN new.name = 'aborted'"
+    " BEGIN SELECT RAISE(ABORT, 'aborted'); END",
+]
 
 Failure = Callable[[AsyncSession], Awaitable[Any]]
 
@@ -79,7 +79,8 @@ async def connect(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenera
         async with new_non_ctx_atomic_session(connect) as session:
             connection = await session.connection()
             await connection.run_sync(Base.metadata.tables["item"].create)
-            await (await raw_of(session)).executescript(TABLES)
+            for statement in TABLES:
+                await session.execute(text(statement))
         yield connect
         assert connections_out(connect) == 0
 
@@ -233,7 +234,7 @@ async def test_a_transaction_that_sqlite_has_ended_may_be_rolled_back(connect: D
 
 
 async def add_twice(session: AsyncSession) -> None:
-    await session.execute(insert(Item), [{"name": "twice"}, {"name": "twice"}])
+    await session.execute(insert(Item).values([{"name": "twice"}, {"name": "twice"}]))
 
 
 async def be_aborted_by_a_trigger(session: AsyncSession) -> None:
