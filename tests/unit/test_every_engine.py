@@ -36,6 +36,7 @@ from tests.helpers.failures import ConflictError
 from tests.helpers.models import Base, Item, Seat
 from tests.helpers.proxy import Call, Fault, proxy
 
+ITEM, SEAT = Base.metadata.tables["item"], Base.metadata.tables["seat"]
 DRIVERS_ERRORS = (DBAPIError, asyncpg.PostgresError, psycopg.Error)
 
 Work = Callable[[], Any]
@@ -49,15 +50,17 @@ MakeConnect = Callable[[URL, AsyncEngine], DBConnect]
 def get_bind_of_a_session(url: URL, other: AsyncEngine) -> DBConnect:
     class RoutingSession(Session):
         def get_bind(self, mapper: Any = None, **options: Any) -> Any:
-            if mapper is not None and mapper.class_ is Seat:
-                return super().get_bind(mapper, **options)
-            return other.sync_engine
+            clause = options.get("clause")
+            of_seats = (mapper is not None and mapper.class_ is Seat) or (
+                clause is not None and getattr(clause, "table", None) is SEAT
+            )
+            return super().get_bind(mapper, **options) if of_seats else other.sync_engine
 
     return DBConnect.from_url(url, session_options={"sync_session_class": RoutingSession})
 
 
 def binds_of_a_session(url: URL, other: AsyncEngine) -> DBConnect:
-    return DBConnect.from_url(url, session_options={"binds": {Item: other}})
+    return DBConnect.from_url(url, session_options={"binds": {Item: other, ITEM: other}})
 
 
 def a_sessionmaker_bound_elsewhere(url: URL, other: AsyncEngine) -> DBConnect:
@@ -175,7 +178,7 @@ async def test_a_failure_on_an_engine_that_a_statement_has_named_is_no_success(
 
         async def handler(_: Scope) -> int:
             session = await db_session(connect)
-            await session.execute(insert(Item).values(name="a"), **elsewhere)
+            await session.execute(text("INSERT INTO item (name) VALUES ('a')"), **elsewhere)
             with suppress(*DRIVERS_ERRORS):
                 await fail(session, is_at_the_driver, **elsewhere)
             return 201
@@ -317,8 +320,9 @@ async def test_a_session_of_which_one_engine_was_committed_is_not_repeated(
             nonlocal runs
             runs += 1
             session = await db_session(connect)
-            await session.execute(insert(Item).values(name=f"run {runs}"), **for_items)
-            await session.execute(insert(Seat).values(number=runs), **for_seats)
+            # A Table, not a model: its engine is that of the mapper, whatever is named.
+            await session.execute(insert(ITEM).values(name=f"run {runs}"), **for_items)
+            await session.execute(insert(SEAT).values(number=runs), **for_seats)
 
         with pytest.raises(DBAPIError, match="injected") as caught:
             await repeat(work)
