@@ -112,7 +112,9 @@ async def names(engine: AsyncEngine) -> list[str]:
 
 async def fail(session: AsyncSession, is_at_the_driver: bool, **elsewhere: Any) -> None:
     """Run a statement that ends the transaction, or ruins it."""
-    connection = await session.connection(**elsewhere)
+    # A copy: SQLAlchemy takes the engine out of what it is given.
+    arguments: Any = elsewhere["bind_arguments"].copy()
+    connection = await session.connection(bind_arguments=arguments)
     how = "OR ROLLBACK " if connection.dialect.name == "sqlite" else ""
     statement = f"INSERT {how}INTO item (name) VALUES ('twice'), ('twice')"
     if is_at_the_driver:
