@@ -90,9 +90,13 @@ async def get(app: Any, *, raises: bool = False) -> httpx.Response:
 
 @every_kind
 @every_middleware
+@pytest.mark.parametrize("knows_length", [False, True])
 async def test_a_cursor_that_the_body_has_opened_is_read_to_its_end(
-    connect: DBConnect, make: MakeApp, middlewares: list[Any]
+    connect: DBConnect, make: MakeApp, middlewares: list[Any], knows_length: bool
 ) -> None:
+    lines = [f"{number}\n" for number in range(1, ROWS + 1)]
+    headers = {"content-length": str(len("".join(lines)))} if knows_length else {}
+
     async def body() -> AsyncGenerator[str]:
         session = await db_session(connect)
         numbers = await session.stream_scalars(text(f"SELECT generate_series(1, {ROWS})"))
@@ -100,11 +104,11 @@ async def test_a_cursor_that_the_body_has_opened_is_read_to_its_end(
             yield f"{number}\n"
 
     async def endpoint(_: Request) -> Response:
-        return StreamingResponse(body())
+        return StreamingResponse(body(), headers=headers)
 
     response = await get(make(endpoint, middlewares))
     assert response.status_code == 200
-    assert len(response.text.split()) == ROWS
+    assert response.text == "".join(lines)
     assert connections_out(connect) == 0
 
 
