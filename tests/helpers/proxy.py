@@ -119,10 +119,10 @@ class _Connection:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            server_writer.transport.abort()  # first: this may be cancelled while it waits
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            server_writer.transport.abort()
 
     async def _read_startup(self) -> bytes:
         length = await self._client_reader.readexactly(4)
