@@ -24,6 +24,7 @@ from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLO
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
+from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit
 
 _numbers = itertools.count(1)
 
@@ -185,12 +186,18 @@ class DBConnect(Generic[SessionT_co]):
             await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
-        """Make an engine that belongs to the caller, who disposes of it.
+        """Make an engine that belongs to the caller, who disposes of it; for migrations.
+
+        On SQLite, that of a connect made by `from_url` does not enforce foreign keys: altering a
+        table would delete what refers to it. It checks them at COMMIT, and raises `IntegrityError`
+        if a row refers to none. Nothing is deleted or set to NULL by `ON DELETE` or `ON UPDATE`.
 
         Args:
             host: The host to talk to. Default None: the host of new sessions.
         """
-        return await self._engines.make_engine(host if host is not None else self.host)
+        engine = await self._engines.make_engine(host if host is not None else self.host)
+        check_foreign_keys_at_commit(engine)
+        return engine
 
     async def create_session(self) -> SessionT_co:
         """Make a session that belongs to the caller, not to a context."""

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any, Unpack, cast
 
-from sqlalchemy import URL, AsyncAdaptedQueuePool, Connection, Pool, QueuePool, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy import URL, AsyncAdaptedQueuePool, Pool, QueuePool
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.libpq import translate_libpq_url
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
+from context_async_sqlalchemy._engine.sqlite import prepare_sqlite
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
 
 # Of this package, by the driver that they install.
@@ -140,21 +139,5 @@ def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
         options["poolclass"] = AsyncAdaptedQueuePool
         options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
     engine = _create_async_engine(url, **options)
-    event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
-    event.listen(engine.sync_engine, "begin", _begin)
+    prepare_sqlite(engine.sync_engine)
     return engine
-
-
-def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
-
-
-def _begin(connection: Connection) -> None:
-    # The driver would begin only before INSERT, UPDATE or DELETE: neither a savepoint nor DDL
-    # before it would be part of the transaction. SQLAlchemy's page also tells to set this attribute
-    # to None, but that means AUTOCOMMIT to SQLAlchemy; having begun already, the driver does not.
-    driver: Any = connection.connection.dbapi_connection
-    if driver.isolation_level is not None:
-        connection.exec_driver_sql(f"BEGIN {driver.isolation_level}")
