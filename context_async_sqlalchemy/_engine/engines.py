@@ -14,6 +14,7 @@ from sqlalchemy.orm import sessionmaker
 from context_async_sqlalchemy._engine.guard import guard, retire
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
+from context_async_sqlalchemy._engine.one_connection import take_turns
 from context_async_sqlalchemy._engine.pool import count_connections, finish_closing
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
@@ -84,7 +85,9 @@ class Engines:
         self.put_by_hand = None
         # A test that has patched it puts back what was there: its user is counted already.
         if engine is not self.here():
+            take_turns(engine)
             guard(engine)
+            count_connections(engine)
             self.put_by_hand = engine
 
     async def switch(self, host: str, *, anew: bool) -> None:
@@ -188,6 +191,7 @@ class Engines:
 
     async def _make(self, host: str | None) -> Opened:
         engine = await self.make_engine(host)
+        take_turns(engine)
         guard(engine)
         try:
             session_maker = await self._make_session_maker(engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -310,6 +311,31 @@ async def test_fastapi_calls_every_endpoint_by_the_function_that_is_wrapped(
     assert called == ["of_a_coroutine", "of_a_thread"]
 
 
+def test_a_static_pool_is_watched() -> None:
+    calls: list[str] = []
+
+    class Pool(private_names.WatchedStaticPool):
+        def before_checkout(self) -> None:
+            calls.append("before")
+
+        def after_checkin(self) -> None:
+            calls.append("after")
+
+    engine = create_engine("sqlite://", poolclass=Pool)
+    with engine.connect() as connection:
+        assert calls == ["before"]
+        connection.invalidate()
+        assert calls == ["before", "after"]
+    with engine.connect() as connection:
+        connection.detach()
+    assert calls == ["before", "after"] * 2
+    engine.dispose()
+    event.listen(engine, "do_connect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.connect()
+    assert calls == ["before", "after"] * 3
+
+
 async def test_what_is_spawned_waits_inside_a_greenlet() -> None:
     async def answer() -> int:
         await asyncio.sleep(0)
@@ -330,7 +356,7 @@ def test_every_private_name_has_a_test() -> None:
         if getattr(value, "__module__", None) == private_names.__name__
     }
     tested = set(inspect.getsource(inspect.getmodule(transaction_of)).split("private_names.")[1:])  # type: ignore[arg-type]
-    used = {part.split("(")[0] for part in tested}
+    used = {re.split(r"\W", part)[0] for part in tested}
     assert functions - used == set()
     assert len(functions) > 12
 
