@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
+from context_async_sqlalchemy._engine.checks import check_callable, check_host
 from context_async_sqlalchemy._engine.guard import guard, retire
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
@@ -62,6 +63,12 @@ class Engines:
         self._places = PerLoop(_Place)
         self._pinned: _Place | None = None
         self._close_unpinned = False
+
+    def anew(self) -> "Engines":
+        """Return what makes engines in the same way, and has made none."""
+        engines = Engines(self._engine_creator, self._session_maker_creator, self.host)
+        engines.needs_host = self.needs_host
+        return engines
 
     async def get(self) -> Opened:
         """Return the engine of the running loop for the host, made if there is none."""
@@ -266,16 +273,3 @@ def _check_engine(engine: Any) -> AsyncEngine:
             "make it with create_async_engine()"
         )
     return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
-
-
-def check_callable(name: str, value: object) -> None:
-    """Refuse what cannot be called, before it is called."""
-    if not callable(value):
-        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
-
-
-def check_host(host: str) -> str:
-    """Refuse an empty host."""
-    if not host:
-        raise ValueError("host must not be empty")
-    return host
