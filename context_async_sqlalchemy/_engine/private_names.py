@@ -45,6 +45,12 @@ def is_changing(transaction: SessionTransaction) -> bool:
     return transaction._current_fn is not None
 
 
+def is_connecting(transaction: SessionTransaction) -> bool:
+    """Return whether a task is taking a connection."""
+    current = transaction._current_fn
+    return current is not None and current.__name__ == "_connection_for_bind"
+
+
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is inside a statement of a connection."""
     lock = lock_of(connection.connection.dbapi_connection)

@@ -61,6 +61,26 @@ async def test_the_connections_of_a_transaction_are_known(any_connect: DBConnect
         await session.rollback()
 
 
+async def test_a_transaction_is_connecting_while_it_takes_its_connection(
+    any_connect: DBConnect,
+) -> None:
+    seen: list[bool] = []
+    async with new_non_ctx_session(any_connect) as session:
+        await session.begin()
+        transaction = transaction_of(session)
+        assert not private_names.is_connecting(transaction)
+
+        def look(*_: object) -> None:
+            seen.append(private_names.is_connecting(transaction))
+
+        event.listen(session.sync_session, "after_begin", look)
+        event.listen(session.sync_session, "before_commit", look)
+        await session.execute(select(1))
+        assert not private_names.is_connecting(transaction)
+        await session.commit()
+    assert seen == [True, False]
+
+
 async def test_a_transaction_is_committed_between_its_commit_and_its_end(
     any_connect: DBConnect,
 ) -> None:
