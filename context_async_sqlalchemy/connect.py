@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, Self, Unpack
+from typing import Any, Generic, NoReturn, Self, Unpack
 
 from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
-from context_async_sqlalchemy._engine.engines import (
-    Engines,
-    SessionMaker,
-    check_callable,
-    check_host,
-)
+from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
+from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
 from context_async_sqlalchemy._engine.from_url import creators_from_url
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
+from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit
 
 _numbers = itertools.count(1)
 
@@ -40,6 +36,7 @@ class DBConnect(Generic[SessionT_co]):
 
     Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
     event loop that made it; on another loop the connect makes another one. `async with` closes it.
+    A copy of it (`copy.deepcopy`) is a connect of its own: it makes its own engines and sessions.
     What makes an engine raises `TypeError` if a creator returns something that cannot be used, and
     `ValueError` if there is no host, or an empty one.
 
@@ -78,14 +75,7 @@ class DBConnect(Generic[SessionT_co]):
     ) -> None:
         if before_create_session_handler is not None:
             check_callable("before_create_session_handler", before_create_session_handler)
-        if leak_detection_threshold is not None and not (
-            isinstance(leak_detection_threshold, int | float)
-            and 0 < leak_detection_threshold < math.inf
-        ):
-            raise ValueError(
-                "leak_detection_threshold must be a positive number of seconds, or None for no "
-                f"leak detection, not {leak_detection_threshold!r}"
-            )
+        check_threshold(leak_detection_threshold)
         self.context_key = f"connect-{next(_numbers)}"
         self.leak_detection_threshold = leak_detection_threshold
         self._engines = Engines(engine_creator, session_maker_creator, host)
@@ -148,6 +138,19 @@ class DBConnect(Generic[SessionT_co]):
         host = hide_password(self.host) if self.host is not None else None
         return f"<DBConnect {self.context_key} host={host!r}>"
 
+    def __copy__(self, _: object = None) -> Self:
+        """Return a connect of its own, with what this one was made from, and the same host."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied.context_key = f"connect-{next(_numbers)}"
+        copied._engines = self._engines.anew()
+        return copied
+
+    __deepcopy__ = __copy__
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a DBConnect cannot be pickled: make one in each process")
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -185,12 +188,17 @@ class DBConnect(Generic[SessionT_co]):
             await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
-        """Make an engine that belongs to the caller, who disposes of it.
+        """Make an engine that belongs to the caller, who disposes of it; for migrations.
+
+        On SQLite, one that `from_url` makes does not enforce foreign keys (`ON DELETE CASCADE`),
+        or altering a table would delete what refers to it: COMMIT checks them (`IntegrityError`).
 
         Args:
             host: The host to talk to. Default None: the host of new sessions.
         """
-        return await self._engines.make_engine(host if host is not None else self.host)
+        engine = await self._engines.make_engine(host if host is not None else self.host)
+        check_foreign_keys_at_commit(engine)
+        return engine
 
     async def create_session(self) -> SessionT_co:
         """Make a session that belongs to the caller, not to a context."""
@@ -265,10 +273,13 @@ class DBConnect(Generic[SessionT_co]):
 
     async def _execute(self, statement: Executable) -> None:
         session = await self.create_session()
+        real = real_session(session)
         try:
+            if not real.in_transaction():
+                await real.begin()  # with autobegin=False nothing else does
             await session.scalar(statement)  # SQLModel's session deprecates `execute`
         finally:
-            await close_sessions([real_session(session)])
+            await close_sessions([real])
 
     # Not public, but users' code reads and sets them.
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from types import ModuleType, new_class
 from typing import Any, NoReturn
 
-from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool
+from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool, StaticPool
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
@@ -50,6 +50,12 @@ def is_changing(transaction: SessionTransaction) -> bool:
     """Return whether a task is taking a connection, or ending the transaction."""
     # SQLAlchemy refuses a second task then, and has no way to ask before.
     return transaction._current_fn is not None
+
+
+def is_connecting(transaction: SessionTransaction) -> bool:
+    """Return whether a task is taking a connection."""
+    current = transaction._current_fn
+    return current is not None and current.__name__ == "_connection_for_bind"
 
 
 def is_executing(connection: Connection) -> bool:
@@ -155,6 +161,30 @@ def replace_get_bind(session: Session, get_bind: Callable[..., NoReturn]) -> Non
 def replace_pool(engine: Engine, pool: Pool) -> None:
     """Let an engine take its connections from another pool."""
     engine.pool = pool
+
+
+class WatchedStaticPool(StaticPool):
+    """A StaticPool that calls its own methods before a checkout and after a checkin."""
+
+    # The public events come too late: the one before has lost track of its connection by then.
+
+    def before_checkout(self) -> None:
+        """Wait, or raise."""
+
+    def after_checkin(self) -> None:
+        """Let the next one go on."""
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        self.before_checkout()
+        try:
+            return super()._do_get()
+        except BaseException:
+            self.after_checkin()
+            raise
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        super()._do_return_conn(record)
+        self.after_checkin()
 
 
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:

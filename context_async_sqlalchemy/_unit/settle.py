@@ -75,6 +75,8 @@ async def settle(
 
 async def commit_session(session: AsyncSession) -> None:
     """Commit a session; if its connection is lost meanwhile, nobody can know the outcome."""
+    if not (session.sync_session.autobegin or session.in_transaction()):
+        return  # the application has committed, and SQLAlchemy would refuse
     check_open_connections(session)
     try:
         if AWAITED in session.info:
