@@ -7,7 +7,7 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import ModuleType, new_class
+from types import new_class
 from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool, StaticPool
@@ -94,12 +94,6 @@ def closing_calls_listeners(session: Session) -> bool:
 def ping(dialect: Dialect, connection: DBAPIConnection) -> bool:
     """Ping as the pool does, with its events; return whether there was an answer."""
     return dialect._do_ping_w_event(connection)
-
-
-def fastapi_has_answered(scope: Any) -> bool:
-    """Return whether a dependency ends after the answer, as since FastAPI 0.118."""
-    # Earlier versions reject invalid parameters only after the dependencies have ended.
-    return "fastapi_inner_astack" in scope
 
 
 def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -195,13 +189,13 @@ def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     return connection
 
 
-def wrap_endpoints(
-    routing: ModuleType, wrap: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Any]]
+def wrap_routers(
+    router_class: type[Any], wrap: Callable[[Callable[..., Awaitable[None]]], Callable[..., Any]]
 ) -> None:
-    """Wrap, once, the function of `fastapi.routing` that calls the endpoints."""
-    # It exists so that it can be wrapped: for profilers, as FastAPI's source says.
-    run = routing.run_endpoint_function
-    if getattr(run, "wrapped_by", None) != __name__:
-        wrapped = wrap(run)
+    """Wrap, once, the method by which every router of FastAPI is called."""
+    # Nothing else lets a dependency know of the response that its request is answered with.
+    call = router_class.__call__
+    if getattr(call, "wrapped_by", None) != __name__:
+        wrapped = wrap(call)
         wrapped.wrapped_by = __name__  # type: ignore[attr-defined]
-        routing.run_endpoint_function = wrapped  # type: ignore[attr-defined]
+        router_class.__call__ = wrapped

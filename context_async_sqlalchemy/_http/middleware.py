@@ -11,7 +11,6 @@ from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     is_test_context,
-    open_context,
 )
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
@@ -97,7 +96,7 @@ class ASGIHTTPDBSessionMiddleware:
         send: Send,
     ) -> None:
         """Call the application for a request, in a context of its own."""
-        context = open_request_context(scope)
+        context = self._context_of(scope)
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
         scope[RECIPIENT] = settling
         try:
@@ -119,6 +118,9 @@ class ASGIHTTPDBSessionMiddleware:
             # The server's `send` may refer to the scope, and the error to all of this.
             scope.pop(RECIPIENT, None)
             settling.error = None
+
+    def _context_of(self, scope: Scope) -> DBSessionContext:
+        return open_request_context(scope)
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
@@ -148,8 +150,20 @@ def has_context(scope: Scope) -> bool:
 
 def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = scope[_SCOPE_KEY] = open_context()
+    context = prepare_request_context(scope, DBSessionContext())
+    enter_request_context(context, scope)
+    return context
+
+
+def prepare_request_context(scope: Scope, context: DBSessionContext) -> DBSessionContext:
+    """Make a context that of a request, without opening it."""
     context.loop = asyncio.get_running_loop()
     # Not the scope: it refers to the context, and would make a reference cycle with it.
     context.request = scope.get("method", ""), scope.get("path", "")
     return context
+
+
+def enter_request_context(context: DBSessionContext, scope: Scope) -> None:
+    """Open a context that was prepared for the request with this ASGI scope."""
+    scope[_SCOPE_KEY] = context
+    context.enter()
