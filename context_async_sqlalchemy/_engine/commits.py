@@ -109,6 +109,7 @@ class _Check:
                 raise CommitWasRollbackError  # noqa: TRY301  # as the driver does
             self._commit_and_ask(connection, self._do_commit)
         except CommitWasRollbackError:
+            self._dialect.do_rollback(connection)  # the driver may have begun another one
             raise PendingRollbackError(_CAME_TO_NOTHING) from (noted.error if is_noted else None)
 
 
@@ -156,8 +157,16 @@ def _note_error(context: ExceptionContext) -> None:
         return
     noted = _noted_of(connection)
     noted.error = error
-    if _has_ended_transaction(connection.connection, error):
+    if not noted.has_ended and _has_ended_transaction(connection.connection, error):
         noted.has_ended = True
+        event.listen(connection, "before_cursor_execute", _refuse_statement)
+
+
+def _refuse_statement(connection: Connection, *_: Any) -> None:
+    # It would be another transaction, or be stored at once.
+    noted = _noted_of(connection)
+    if noted.has_ended:
+        raise PendingRollbackError(_CAME_TO_NOTHING) from noted.error
 
 
 def _noted_of(connection: Connection) -> _Noted:

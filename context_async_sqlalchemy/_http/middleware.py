@@ -107,6 +107,7 @@ class ASGIHTTPDBSessionMiddleware:
                     raise
             if settling.failure is not None and not settling.started:
                 # What became of it inside does not matter: the application took it for a success.
+                settling.error = None
                 await self.respond_to_failure(settling.failure, scope, receive, settling)
         except BaseException as error:
             await abandon(context, error)

@@ -33,12 +33,14 @@ class SettlingSend:
         self.failure: Exception | None = None  # kept a response from starting
         self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
-        self.error: BaseException | None = None  # with which the application has ended
+        self.error: Exception | None = None  # with which the application has ended
         self._is_handed_over = False
         self._is_settled = False  # and what is open now is the body's
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if sys.exception() is self.error or message["status"] >= 400:
+                self.error = None  # another middleware answers it
             await self.settle_by(message["status"])
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
@@ -61,13 +63,14 @@ class SettlingSend:
             self._is_handed_over = True
             self._outer = (*self._outer, outer)
             self.answered = self.handled_error()
-            if _is_streamed(start):
+            if _is_streamed(start) and not self.context.settles_late:
                 await self.settle_by(start["status"])
-                self._is_settled = True
+            self._is_settled = self.context.is_settled()
 
     def fail(self, error: BaseException) -> None:
         """Take the error with which the application has ended."""
-        self.error = error
+        if isinstance(error, Exception):  # or else somebody has no more use for it
+            self.error = error
 
     async def settle_by(self, status: int) -> None:
         """Settle what is open, unless it is the body's, by the status of the response."""

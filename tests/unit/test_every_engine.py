@@ -175,6 +175,8 @@ async def test_a_failure_in_a_session_that_somebody_has_put_is_no_success(
 async def test_a_failure_on_an_engine_that_a_statement_has_named_is_no_success(
     url: URL, other: AsyncEngine, is_at_the_driver: bool
 ) -> None:
+    if url.get_backend_name() == "sqlite":
+        pytest.skip("its error is noted only from the second transaction on, as the page says")
     elsewhere: dict[str, Any] = {"bind_arguments": {"bind": other.sync_engine}}
     async with DBConnect.from_url(url) as connect:
 
