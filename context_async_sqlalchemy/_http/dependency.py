@@ -25,6 +25,7 @@ from context_async_sqlalchemy._unit.context import (
     is_test_context,
 )
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
+from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.sessions import create_session
 from context_async_sqlalchemy._unit.settle import abandon, finish, is_success, settle_request
@@ -188,6 +189,8 @@ class _Request:
             of_route = getattr(self._scope.get("route"), "status_code", None)
             status = self._response.status_code or of_route or 200
         self.succeeded = is_success(status)
+        if not self.succeeded or self.context.rolls_back:
+            tell_of_lost_work(self.context, status)
         await settle_request(self.context, commit=self.succeeded)
 
 

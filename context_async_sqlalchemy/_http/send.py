@@ -5,6 +5,7 @@ from collections.abc import Callable
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import is_in_use, wait_until_idle
 from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, settle_request
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Send
 
@@ -34,6 +35,8 @@ class SettlingSend:
         if message["type"] == "http.response.start":
             self.commit = self.commit_on(message["status"])
             if self.context.used:
+                if not self.commit or self.context.rolls_back:
+                    tell_of_lost_work(self.context, message["status"])
                 try:
                     await self._settle(self.commit)
                 except Exception as error:
