@@ -38,8 +38,9 @@ def _count(
 ) -> None:
     rows = cursor.rowcount
     if context.isinsert or context.isupdate or context.isdelete:
-        if rows < 0:  # asyncpg does not say how many there were of an executemany()
-            rows = len(parameters) if executemany else 1
+        if rows < 0:
+            # asyncpg does not tell of an executemany(), nor SQLAlchemy 2.0's SQLite of a RETURNING.
+            rows = len(parameters) if executemany and cursor.description is None else 1
     elif cursor.description is not None:  # a query, whose rows were read
         return
     if rows > 0:
@@ -49,11 +50,11 @@ def _count(
 def _is_autocommit(connection: Connection) -> bool:
     # SQLAlchemy 2.0.41 has a method of the dialect for it.
     adapter: Any = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        return adapter.isolation_level is None
     if hasattr(adapter, "get_autocommit"):  # asyncmy's and aiomysql's
         return bool(adapter.get_autocommit())
-    return getattr(adapter, "autocommit", False) is True or (
-        getattr(adapter, "isolation_level", "") is None
-    )
+    return getattr(adapter, "autocommit", False) is True
 
 
 # A session takes another Connection for each transaction.

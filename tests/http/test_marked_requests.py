@@ -5,16 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy import URL, NullPool
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from context_async_sqlalchemy import (
@@ -42,36 +37,9 @@ from tests.helpers.asgi import add, app_of, call
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
 from tests.helpers.failures import Failing
-from tests.helpers.models import Base
-from tests.helpers.programs import Outside, until
+from tests.helpers.programs import until
 from tests.helpers.serving import http_client
-
-
-@dataclass
-class Store:
-    """A database in which items are kept."""
-
-    connect: DBConnect
-    outside: Outside
-
-    async def names(self) -> list[str]:
-        return list(await self.outside.rows("SELECT name FROM item ORDER BY id"))
-
-
-@pytest_asyncio.fixture(params=["asyncpg", "psycopg", "aiosqlite"])
-async def store(
-    request: pytest.FixtureRequest, database_url: URL, database: Database, tmp_path: Path
-) -> AsyncGenerator[Store]:
-    url = database_url.set(drivername=f"postgresql+{request.param}")
-    if request.param == "aiosqlite":
-        url = URL.create("sqlite+aiosqlite", database=str(tmp_path / "store.db"))
-        engine = create_async_engine(url, poolclass=NullPool)
-        async with engine.begin() as connection:
-            await connection.run_sync(Base.metadata.tables["item"].create)
-    async with DBConnect.from_url(url) as connect:
-        yield Store(connect, Outside(url.render_as_string(hide_password=False)))
-        assert connections_out(connect) == 0
-        await database.is_quiet()
+from tests.helpers.store import Store
 
 
 async def test_a_marked_request_is_rolled_back_and_answered_as_it_was(store: Store) -> None:
