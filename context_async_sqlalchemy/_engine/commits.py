@@ -43,7 +43,7 @@ def note_commits(connection: Connection, work: Durable) -> None:
     """Note on `work` the commit of the transaction of `connection`."""
     check_commits(connection.engine)
     _noted_of(connection).work = work
-    if _is_autocommit(connection):
+    if is_autocommit(connection):
         work.durable = True  # with each statement
 
 
@@ -195,7 +195,8 @@ def _has_ended_transaction(connection: PoolProxiedConnection, error: Exception) 
     return not driver.get_transaction_status()
 
 
-def _is_autocommit(connection: Connection) -> bool:
+def is_autocommit(connection: Connection) -> bool:
+    """Return whether each statement on a connection is a commit."""
     # SQLAlchemy 2.0.41 has a method of the dialect for it.
     adapter: Any = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":

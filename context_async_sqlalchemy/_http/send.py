@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     is_success,
@@ -78,6 +79,8 @@ class SettlingSend:
             return
         self.commit = self.asks_for_commit(status)
         if self.context.used:
+            if not self.commit or self.context.rolls_back:
+                tell_of_lost_work(self.context, status)
             try:
                 await self._settle(self.commit)
             except Exception as error:

@@ -1,6 +1,5 @@
 """The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
-import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -20,10 +19,12 @@ from context_async_sqlalchemy._http.middleware import (
     has_context,
     open_request_context,
 )
+from context_async_sqlalchemy._http.options import is_async
 from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
+    check_before_commit,
     finish,
     is_success,
 )
@@ -72,6 +73,7 @@ async def starlette_http_db_session_middleware(
     Returns:
         The response of the application; its context ends with its body.
     """
+    check_before_commit(before_commit)
     if has_context(request.scope):
         return await call_next(request)
 
@@ -128,7 +130,7 @@ class _EndingResponse(Response):
                     "is not committed is rolled back."
                 )
         except BaseException as error:
-            await abandon(self._context, error)
+            await abandon(self._context, error, has_answered=True)
             raise
         else:
             await finish(self._context, commit=False)
@@ -164,6 +166,6 @@ async def call_handler(
     handler: Callable[..., Any], connection: HTTPConnection, error: Exception
 ) -> Response:
     """Call an exception handler as Starlette does: a plain function runs in a thread."""
-    if inspect.iscoroutinefunction(handler):
+    if is_async(handler):
         return await handler(connection, error)  # type: ignore[no-any-return]
     return await run_in_threadpool(handler, connection, error)
