@@ -66,7 +66,7 @@ class SettlingSend:
             self.answered = self.handled_error()
             if _is_streamed(start) and not self.context.settles_late:
                 await self.settle_by(start["status"])
-            self._is_settled = self.context.is_settled()
+            self._is_settled = not self.context.in_transaction()
 
     def fail(self, error: BaseException) -> None:
         """Take the error with which the application has ended."""
