@@ -156,7 +156,7 @@ def _note_error(context: ExceptionContext) -> None:
     if connection is None or context.is_disconnect or not isinstance(error, Exception):
         return
     noted = _noted_of(connection)
-    noted.error = error
+    noted.error = context.sqlalchemy_exception or error
     if not noted.has_ended and _has_ended_transaction(connection.connection, error):
         noted.has_ended = True
         event.listen(connection, "before_cursor_execute", _refuse_statement)
