@@ -46,7 +46,7 @@ from tests.helpers.raw import raw_of
 MORE = {"type": "http.response.body", "body": b"x", "more_body": True}
 START = {"type": "http.response.start", "status": 200, "headers": []}
 
-# SQLAlchemy begins a transaction with its first statement. If that fails, nothing is swallowed: what
+# SQLAlchemy begins a transaction with its first statement. A failure of that is not swallowed: what
 # comes next is in another transaction, which is as good as any.
 BEGIN = text("SELECT 1")
 
