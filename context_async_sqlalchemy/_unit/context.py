@@ -30,6 +30,7 @@ class DBSessionContext:
         self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
         self.loop: asyncio.AbstractEventLoop | None = None  # that serves the request, if it is one
         self.request: tuple[str, str] | None = None  # its method and path
+        self.app: object = None  # the application in which it was opened, if it is Starlette's
         self.is_test = False  # a test opened it, and settles it
         self.used = False  # there may be something to settle
         self.settles_late = False  # when the application has returned, not before
