@@ -15,6 +15,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from context_async_sqlalchemy._engine.driver_errors import is_refused_commit
 from context_async_sqlalchemy._engine.private_names import (
     CommitWasRollbackError,
+    has_failed_to_begin,
     let_commit_tell,
     replace_commit,
     takes_one_engine,
@@ -82,7 +83,7 @@ class _Check:
         self._do_commit = engine.dialect.do_commit
         self._commit_and_ask = _COMMIT.get(engine.dialect.driver, _commit_unasked)
         replace_commit(engine.dialect, self._commit)
-        event.listen(engine.pool, "checkin", _forget)
+        event.listen(engine.pool, "checkin", _clean)
         event.listen(engine, "handle_error", _note_error)
 
     def _commit(self, connection: PoolProxiedConnection) -> None:
@@ -147,8 +148,12 @@ def _check_connection(_: Session, __: SessionTransaction, connection: Connection
     check_commits(connection.engine)
 
 
-def _forget(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+def _clean(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
     entry.info.pop(_NOTED, None)
+    driver = entry.driver_connection
+    is_in_transaction = getattr(driver, "is_in_transaction", bool)  # asyncpg's
+    if is_in_transaction() or has_failed_to_begin(driver):
+        entry.invalidate()
 
 
 def _note_error(context: ExceptionContext) -> None:

@@ -14,7 +14,6 @@ from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
-    has_failed_to_begin,
     in_greenlet,
     replace_close,
 )
@@ -91,9 +90,5 @@ class _Guard:
             logger.warning("A connection failed to close", exc_info=True)
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        driver = entry.driver_connection
-        is_in_transaction = getattr(driver, "is_in_transaction", bool)  # asyncpg's
-        if is_in_transaction() or has_failed_to_begin(driver):
-            entry.invalidate()
-        elif not self.users:
+        if not self.users:
             entry.close()

@@ -5,24 +5,25 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Generic, Unpack
 
 from fastapi import APIRouter
 from fastapi.requests import HTTPConnection
 from sqlalchemy import URL
+from starlette.exceptions import HTTPException
 
 from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy._http.middleware import (
-    ASGIHTTPDBSessionMiddleware,
     enter_request_context,
     has_context,
     prepare_request_context,
 )
+from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     current_context,
@@ -31,6 +32,7 @@ from context_async_sqlalchemy._unit.context import (
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.sessions import create_session
+from context_async_sqlalchemy._unit.settle import is_success, settle
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.connect import ConnectOptions, DBConnect
 
@@ -44,9 +46,12 @@ class DBSessionDependency(Generic[SessionT]):
     It is the session that `await db_session(dependency.connect)` returns anywhere in the request.
 
     The middleware, if added, settles it. Without it, the first use in a request opens a context for
-    the whole request, settled when the endpoint returns, before the response starts: committed if
-    the status is below 400, otherwise rolled back, as after an exception. This does not cover
-    streamed bodies and background tasks: they need the middleware.
+    the rest of the request, which is settled as the middleware would: before the response starts,
+    committed if its status is below 400, otherwise rolled back, as after an exception. What a
+    streamed body or a background task writes is committed when it ends.
+
+    A request that no router of FastAPI handles, so that its response is not seen, is refused with a
+    `RuntimeError`, unless the middleware is there.
 
     `DBSessionDependency[OurSession]()` tells a type checker the class of the sessions that the
     connect from `initialize` will make.
@@ -125,14 +130,13 @@ class DBSessionDependency(Generic[SessionT]):
                 "'async with new_db_session_ctx():', and call 'await db_session(connect)' in it."
             )
         scope = connection.scope
-        if not has_context(scope):
-            _open_context(scope)
-        # A test settles its own context, and checks the work before it rolls back.
-        if self._manages_transactions or is_test_context():
-            yield await create_session(current_context(), self.connect, scope.get("endpoint"))
-        else:
-            async with _unmanaged_session(self.connect, scope) as session:
-                yield session
+        async with nullcontext() if has_context(scope) else _opened_context(scope):
+            # A test settles its own context, and checks the work before it rolls back.
+            if self._manages_transactions or is_test_context():
+                yield await create_session(current_context(), self.connect, scope.get("endpoint"))
+            else:
+                async with _unmanaged_session(self.connect, scope) as session:
+                    yield session
 
 
 @asynccontextmanager
@@ -179,11 +183,8 @@ class _ContextOnDemand(DBSessionContext):
             self.token = None
 
 
-class _MiddlewareOnDemand(ASGIHTTPDBSessionMiddleware):
-    """The middleware around a router, for the requests that use a dependency.
-
-    It is inside of the exception handlers of the application: what it raises is theirs to answer.
-    """
+class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
+    """The middleware around a router, for the requests that use a dependency."""
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the router for anything that it is called for."""
@@ -197,7 +198,8 @@ class _MiddlewareOnDemand(ASGIHTTPDBSessionMiddleware):
         return context
 
 
-def _open_context(scope: Scope) -> None:
+@asynccontextmanager
+async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
     context = scope.get(_ON_DEMAND)
     if context is None or context.closed:
         raise RuntimeError(
@@ -207,6 +209,13 @@ def _open_context(scope: Scope) -> None:
             "'async with new_db_session_ctx():' and 'await db_session(connect)'."
         )
     enter_request_context(context, scope)
+    try:
+        yield
+    except Exception as error:
+        # Whatever a handler, or a route class that catches it, makes of it. A redirect is no error.
+        if not (isinstance(error, HTTPException) and is_success(error.status_code)):
+            await settle(context, commit=False)
+        raise
 
 
 _ON_DEMAND = "context_async_sqlalchemy.on_demand"

@@ -165,6 +165,7 @@ def prepare_request_context(scope: Scope, context: DBSessionContext) -> DBSessio
     context.loop = asyncio.get_running_loop()
     # Not the scope: it refers to the context, and would make a reference cycle with it.
     context.request = scope.get("method", ""), scope.get("path", "")
+    context.app = scope.get("app")
     return context
 
 
@@ -172,3 +173,8 @@ def enter_request_context(context: DBSessionContext, scope: Scope) -> None:
     """Open a context that was prepared for the request with this ASGI scope."""
     scope[_SCOPE_KEY] = context
     context.enter()
+
+
+def application_around(scope: Scope) -> object:
+    """Return the application in which the context of a request was opened, not a mounted one."""
+    return scope[_SCOPE_KEY].app if _SCOPE_KEY in scope else scope.get("app")

@@ -4,9 +4,12 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.background import BackgroundTasks
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -16,6 +19,7 @@ from context_async_sqlalchemy._engine.private_names import starlette_handlers
 from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
 from context_async_sqlalchemy._http.middleware import (
     ASGIHTTPDBSessionMiddleware,
+    application_around,
     has_context,
     open_request_context,
 )
@@ -33,9 +37,9 @@ from context_async_sqlalchemy._unit.settle import (
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):
     """`ASGIHTTPDBSessionMiddleware`, with the exception handlers of a Starlette application.
 
-    A commit that fails is answered by the handler that the application has for such an exception,
-    as if the endpoint had raised it. The handler gets a new `Request`: a body that the endpoint has
-    read cannot be read again.
+    A commit that fails is answered by the handler that the application, or a mounted one, has for
+    such an exception, as if the endpoint had raised it. The handler gets a new `Request`: a body
+    that the endpoint has read cannot be read again.
     """
 
     def __init_subclass__(cls) -> None:
@@ -152,14 +156,41 @@ async def _send_nothing(_: Message) -> None:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    """Return the answer of the application's exception handler; raise `error` if it has none."""
+    """Return the application's answer to an error; raise it if what is around this answers it."""
     by_class, by_status = starlette_handlers(request.scope)
     handler = by_status.get(error.status_code) if isinstance(error, HTTPException) else None
     if handler is None:
         handler = next((by_class[cls] for cls in type(error).__mro__ if cls in by_class), None)
     if handler is None:
+        return await _handle_server_error(request, error)
+    try:
+        return await call_handler(handler, request, error)
+    except Exception as raised:
+        return await _handle_server_error(request, raised)
+
+
+async def _handle_server_error(request: Request, error: Exception) -> Response:
+    """Answer as the ServerErrorMiddleware of a mounted application does, which is inside of this.
+
+    As there, the error is raised when the response is sent, for the server to log.
+    """
+    app = request.scope.get("app")
+    if app is application_around(request.scope) or not isinstance(app, Starlette):
         raise error
-    return await call_handler(handler, request, error)
+    middleware = ServerErrorMiddleware(app, debug=app.debug)
+    handler = middleware.debug_response if app.debug else middleware.error_response
+    for key, of_app in app.exception_handlers.items():
+        if key in (500, Exception) and not app.debug:
+            handler = of_app  # the last one, as in Starlette
+    response = await call_handler(handler, request, error)
+
+    async def fail() -> None:
+        raise error
+
+    tasks = BackgroundTasks([response.background] if response.background is not None else [])
+    tasks.add_task(fail)
+    response.background = tasks
+    return response
 
 
 async def call_handler(

@@ -32,6 +32,7 @@ class DBSessionContext:
         self.loop: asyncio.AbstractEventLoop | None = None  # that serves the request, if it is one
         self.request: tuple[str, str] | None = None  # its method and path
         self.options: Mapping[str, Any] = {}  # of the middleware that opened it
+        self.app: object = None  # the application in which it was opened, if it is Starlette's
         self.is_test = False  # a test opened it, and settles it
         self.used = False  # there may be something to settle
         self.settles_late = False  # when the application has returned, not before

@@ -6,23 +6,22 @@ import ast
 import asyncio
 import inspect
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-import fastapi.routing
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from sqlalchemy import URL, NullPool, QueuePool, create_engine, event, select, text
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 import context_async_sqlalchemy
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
@@ -223,33 +222,6 @@ async def test_a_connection_is_pinged(any_connect: DBConnect) -> None:
         assert await connection.run_sync(ping)
 
 
-async def test_fastapi_says_whether_a_dependency_ends_after_the_answer() -> None:
-    app = FastAPI()
-    started: list[bool] = []
-    seen: list[tuple[bool, bool]] = []
-
-    async def dependency(request: Request) -> AsyncGenerator[None]:
-        yield
-        seen.append((bool(started), private_names.fastapi_has_answered(request.scope)))
-
-    @app.get("/", dependencies=[Depends(dependency)])
-    async def endpoint() -> None: ...
-
-    async def noting(scope: Any, receive: Any, send: Any) -> None:
-        async def note(message: Any) -> None:
-            started.append(True)
-            await send(message)
-
-        await app(scope, receive, note)
-
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(noting), base_url="http://test"
-    ) as client:
-        await client.get("/")
-    ((is_after, said),) = seen
-    assert is_after == said
-
-
 async def test_starlette_puts_the_exception_handlers_into_the_scope() -> None:
     seen: list[Any] = []
 
@@ -333,40 +305,38 @@ def test_a_connection_that_is_taken_out_of_the_pool_is_replaced() -> None:
     engine.dispose()
 
 
-async def test_fastapi_calls_every_endpoint_by_the_function_that_is_wrapped(
+async def test_every_request_of_fastapi_comes_through_the_method_that_is_wrapped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    routing = fastapi.routing
     called: list[str] = []
 
-    def wrap(run: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def wrapped(**arguments: Any) -> Any:
-            called.append(arguments["dependant"].call.__name__)
-            return await run(**arguments)
+    def wrap(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def wrapped(router: APIRouter, scope: Any, *channels: Any) -> None:
+            called.append(scope["path"])
+            await call(router, scope, *channels)
 
         return wrapped
 
     # As it is without any DBSessionDependency.
-    run = routing.run_endpoint_function
-    while "run" in inspect.getclosurevars(run).nonlocals:
-        run = inspect.getclosurevars(run).nonlocals["run"]
-    monkeypatch.setattr(routing, "run_endpoint_function", run)
-    private_names.wrap_endpoints(routing, wrap)
-    private_names.wrap_endpoints(routing, wrap)
-    app = FastAPI()
+    monkeypatch.setattr(APIRouter, "__call__", Router.__call__)
+    private_names.wrap_routers(APIRouter, wrap)
+    private_names.wrap_routers(APIRouter, wrap)
+    app, mounted, included = FastAPI(), FastAPI(), APIRouter()
 
-    @app.get("/async")
-    async def of_a_coroutine() -> None: ...
+    @app.get("/own")
+    @mounted.get("/own")
+    @included.get("/included")
+    async def endpoint() -> None: ...
 
-    @app.get("/sync")
-    def of_a_thread() -> None: ...
-
+    app.include_router(included)
+    app.mount("/mounted", mounted)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://test"
     ) as client:
-        await client.get("/async")
-        await client.get("/sync")
-    assert called == ["of_a_coroutine", "of_a_thread"]
+        for path in ("/own", "/included", "/mounted/own"):
+            called.clear()
+            assert (await client.get(path)).status_code == 200
+            assert called == [path] * (2 if "mounted" in path else 1)
 
 
 def test_a_static_pool_is_watched() -> None:

@@ -46,9 +46,7 @@ def add_other_middleware(app: FastAPI) -> None:
 Adder = Callable[[FastAPI], None]
 WAYS = [add_nothing, add_other_middleware, add_fastapi_http_db_session_middleware, add_dispatch]
 every_way = pytest.mark.parametrize("add_middleware", WAYS)
-# FastAPI 0.118 was the first to end dependencies after the response.
 SOURCE = inspect.getsource(fastapi.routing)
-ENDS_LATE = "fastapi_inner_astack" in SOURCE
 
 
 async def insert_item(session: AsyncSession, name: str) -> None:
