@@ -6,19 +6,16 @@ import asyncio
 import itertools
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Generic, Self, Unpack
 
 from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
-from context_async_sqlalchemy._engine.engines import (
-    Engines,
-    SessionMaker,
-    check_callable,
-    check_host,
-)
+from context_async_sqlalchemy._engine.engines import Engines, check_callable
 from context_async_sqlalchemy._engine.from_url import creators_from_url
+from context_async_sqlalchemy._engine.host import SessionMaker, check_host
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
@@ -157,11 +154,11 @@ class DBConnect(Generic[SessionT_co]):
     @property
     def host(self) -> str | None:
         """The host that new sessions talk to; None if none was given yet."""
-        return self._engines.host
+        return self._engines.host.read()
 
     @host.setter
     def host(self, host: str) -> None:
-        self._engines.host = check_host(host)
+        self._engines.host.set(check_host(host))
 
     @property
     def engine(self) -> AsyncEngine | None:
@@ -181,8 +178,7 @@ class DBConnect(Generic[SessionT_co]):
 
         Concurrent calls make one engine.
         """
-        if host != self.host:
-            await self._engines.switch(host, anew=False)
+        await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
         """Make an engine that belongs to the caller, who disposes of it.
@@ -197,10 +193,15 @@ class DBConnect(Generic[SessionT_co]):
         return (await self.session_maker())()
 
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
-        """Run the handler, then return the sessionmaker, made on the first call."""
-        if self._before_create_session_handler is not None:
-            await self._before_create_session_handler(self)
-        return self._engines.session_maker_put_by_hand or (await self._engines.get()).session_maker
+        """Run the handler, then return the sessionmaker, made on the first call.
+
+        It is that of the host which the handler has set, even if others have set one meanwhile.
+        """
+        handler, choice = self._before_create_session_handler, None
+        if handler is not None:
+            choice = await self._engines.host.choose(partial(handler, self))
+        by_hand = self._engines.session_maker_put_by_hand
+        return by_hand or (await self._engines.get(choice)).session_maker
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.
