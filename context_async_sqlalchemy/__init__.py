@@ -12,6 +12,7 @@ from context_async_sqlalchemy.auto_commit import (
     close_all_sessions,
     commit_after_response,
     commit_all_sessions,
+    roll_back_this_request,
     rollback_all_sessions,
 )
 from context_async_sqlalchemy.connect import DBConnect
@@ -68,6 +69,7 @@ __all__ = [
     "put_db_session_to_context",
     "reset_db_session_ctx",
     "retry_on_transient_error",
+    "roll_back_this_request",
     "rollback_all_sessions",
     "rollback_db_session",
     "run_in_new_ctx",

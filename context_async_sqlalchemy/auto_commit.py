@@ -2,8 +2,10 @@
 
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._unit.context import current_context
+from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback as BeforeCommitCallback,
+    check_before_commit,
     is_success,
     settle,
 )
@@ -20,8 +22,13 @@ async def auto_commit_by_status_code(
 
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
+        TypeError: If `before_commit` is not callable.
     """
-    await settle(current_context(), commit=is_success(status_code), before_commit=before_commit)
+    check_before_commit(before_commit)
+    context, commit = current_context(), is_success(status_code)
+    if not commit or context.rolls_back:
+        tell_of_lost_work(context, status_code)
+    await settle(context, commit=commit, before_commit=before_commit)
 
 
 async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None) -> None:
@@ -35,7 +42,9 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
 
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
+        TypeError: If `before_commit` is not callable.
     """
+    check_before_commit(before_commit)
     await settle(current_context(), commit=True, before_commit=before_commit)
 
 
@@ -75,3 +84,20 @@ def commit_after_response() -> None:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
     current_context().settles_late = True
+
+
+def roll_back_this_request() -> None:
+    """Let this request be rolled back, whatever its status, and whatever `commit_on` says.
+
+    For what answers an error with 200, as GraphQL, JSON-RPC and MCP do. It ends nothing now. All
+    that the context would commit from now on is rolled back: before the response starts, at the end
+    of a streamed body, after a background task, by `commit_all_sessions`. What is committed already
+    stays. In a block of `new_db_session_ctx`, it is that block which is rolled back. A test's own
+    context (`set_test_context`) takes no notice, as of a status.
+
+    Raises:
+        ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
+    """
+    context = current_context()
+    if not context.is_test:
+        context.rolls_back = True

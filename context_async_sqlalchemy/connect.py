@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Generic, Self, Unpack
+from typing import Any, Generic, NoReturn, Self, Unpack
 
 from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
-from context_async_sqlalchemy._engine.engines import Engines, check_callable
+from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
+from context_async_sqlalchemy._engine.engines import Engines
 from context_async_sqlalchemy._engine.from_url import creators_from_url
-from context_async_sqlalchemy._engine.host import SessionMaker, check_host
+from context_async_sqlalchemy._engine.host import SessionMaker
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
+from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit
 
 _numbers = itertools.count(1)
 
@@ -37,6 +38,7 @@ class DBConnect(Generic[SessionT_co]):
 
     Make it at import time: nothing is opened until a session is asked for. An engine belongs to the
     event loop that made it; on another loop the connect makes another one. `async with` closes it.
+    A copy of it (`copy.deepcopy`) is a connect of its own: it makes its own engines and sessions.
     What makes an engine raises `TypeError` if a creator returns something that cannot be used, and
     `ValueError` if there is no host, or an empty one.
 
@@ -46,8 +48,8 @@ class DBConnect(Generic[SessionT_co]):
         session_maker_creator: Called with that engine; returns its `async_sessionmaker`. May be an
             async function.
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
-        before_create_session_handler: Awaited with this connect before each session is made; may
-            call `change_host`. Default None.
+        before_create_session_handler: Awaited with this connect before each session is made, which
+            is on the host that it sets (`change_host`), if any. Default None.
         leak_detection_threshold: Log a warning when the session of a context holds a connection for
             longer than this, in seconds. The warning names the request, and the line or the
             endpoint that asked for the session. Default None: do not watch.
@@ -75,14 +77,7 @@ class DBConnect(Generic[SessionT_co]):
     ) -> None:
         if before_create_session_handler is not None:
             check_callable("before_create_session_handler", before_create_session_handler)
-        if leak_detection_threshold is not None and not (
-            isinstance(leak_detection_threshold, int | float)
-            and 0 < leak_detection_threshold < math.inf
-        ):
-            raise ValueError(
-                "leak_detection_threshold must be a positive number of seconds, or None for no "
-                f"leak detection, not {leak_detection_threshold!r}"
-            )
+        check_threshold(leak_detection_threshold)
         self.context_key = f"connect-{next(_numbers)}"
         self.leak_detection_threshold = leak_detection_threshold
         self._engines = Engines(engine_creator, session_maker_creator, host)
@@ -145,6 +140,19 @@ class DBConnect(Generic[SessionT_co]):
         host = hide_password(self.host) if self.host is not None else None
         return f"<DBConnect {self.context_key} host={host!r}>"
 
+    def __copy__(self, _: object = None) -> Self:
+        """Return a connect of its own, with what this one was made from, and the same host."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        copied.context_key = f"connect-{next(_numbers)}"
+        copied._engines = self._engines.anew()
+        return copied
+
+    __deepcopy__ = __copy__
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a DBConnect cannot be pickled: make one in each process")
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -181,27 +189,27 @@ class DBConnect(Generic[SessionT_co]):
         await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
-        """Make an engine that belongs to the caller, who disposes of it.
+        """Make an engine that belongs to the caller, who disposes of it; for migrations.
+
+        On SQLite, one that `from_url` makes does not enforce foreign keys (`ON DELETE CASCADE`),
+        or altering a table would delete what refers to it: COMMIT checks them (`IntegrityError`).
 
         Args:
             host: The host to talk to. Default None: the host of new sessions.
         """
-        return await self._engines.make_engine(host if host is not None else self.host)
+        engine = await self._engines.make_engine(host if host is not None else self.host)
+        check_foreign_keys_at_commit(engine)
+        return engine
 
     async def create_session(self) -> SessionT_co:
         """Make a session that belongs to the caller, not to a context."""
         return (await self.session_maker())()
 
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
-        """Run the handler, then return the sessionmaker, made on the first call.
-
-        It is that of the host which the handler has set, even if others have set one meanwhile.
-        """
-        handler, choice = self._before_create_session_handler, None
-        if handler is not None:
-            choice = await self._engines.host.choose(partial(handler, self))
-        by_hand = self._engines.session_maker_put_by_hand
-        return by_hand or (await self._engines.get(choice)).session_maker
+        """Run the handler, then return the sessionmaker, made on the first call."""
+        handler = self._before_create_session_handler
+        run = partial(handler, self) if handler is not None else None
+        return await self._engines.session_maker_after(run)
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.
@@ -266,10 +274,13 @@ class DBConnect(Generic[SessionT_co]):
 
     async def _execute(self, statement: Executable) -> None:
         session = await self.create_session()
+        real = real_session(session)
         try:
+            if not real.in_transaction():
+                await real.begin()  # with autobegin=False nothing else does
             await session.scalar(statement)  # SQLModel's session deprecates `execute`
         finally:
-            await close_sessions([real_session(session)])
+            await close_sessions([real])
 
     # Not public, but users' code reads and sets them.
 

@@ -38,6 +38,8 @@ def add_starlette_http_db_session_middleware(
         before_commit: Called with each session that is about to be committed. Default None.
         **options: What else `ASGIHTTPDBSessionMiddleware` takes.
     """
+    # Starlette makes it when the first request comes: bad options are refused now.
+    StarletteHTTPDBSessionMiddleware(app, before_commit, **options)
     app.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit, **options)
 
 

@@ -23,6 +23,7 @@ from context_async_sqlalchemy import (
     on_commit,
     pop_db_session_from_context,
     retry_on_transient_error,
+    roll_back_this_request,
     run_in_new_ctx,
 )
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
@@ -85,6 +86,7 @@ async def with_a_class_of_their_own(engine: AsyncEngine) -> None:
         # Who does not care about the class takes any connect.
         await with_the_class_of_sqlalchemy(connect)
         on_commit(connect, print)
+        roll_back_this_request()
 
 
 async def without_a_class() -> None:

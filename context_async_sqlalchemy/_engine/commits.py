@@ -1,8 +1,10 @@
 """What a COMMIT comes to, as the server or its driver says."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import PendingRollbackError
@@ -18,12 +20,10 @@ from context_async_sqlalchemy._engine.private_names import (
     takes_one_engine,
 )
 from context_async_sqlalchemy._engine.release import connections_of
-from context_async_sqlalchemy._engine.sqlite import HAS_SAVEPOINT, release_savepoint
+from context_async_sqlalchemy._engine.sqlite import release_savepoint
 
 _CHECK = "_context_async_sqlalchemy_commits"
-_ERROR = "context_async_sqlalchemy.error"
-_HAS_ENDED = "context_async_sqlalchemy.has_ended"
-_DURABLE = "context_async_sqlalchemy.durable"
+_NOTED = "context_async_sqlalchemy.noted"
 
 
 class Durable(Protocol):
@@ -40,10 +40,10 @@ def check_commits(engine: Engine) -> None:
 
 
 def note_commits(connection: Connection, work: Durable) -> None:
-    """Note on `work` each commit of `connection`, until that is back in the pool."""
+    """Note on `work` the commit of the transaction of `connection`."""
     check_commits(connection.engine)
-    connection.info[_DURABLE] = work
-    if _is_autocommit(connection):
+    _noted_of(connection).work = work
+    if is_autocommit(connection):
         work.durable = True  # with each statement
 
 
@@ -64,50 +64,83 @@ def check_open_connections(session: AsyncSession) -> None:
         check_commits(connection.engine)
 
 
+@dataclass
+class _Noted:
+    """What is known of the transaction of a connection."""
+
+    transaction: Transaction | None
+    error: Exception | None = None  # the last one; named as the cause, and decides on a retry
+    has_ended: bool = False
+    work: Durable | None = None
+
+
 class _Check:
     """Commits the connections with one dialect."""
 
     def __init__(self, engine: Engine) -> None:
         self._dialect = engine.dialect
         self._do_commit = engine.dialect.do_commit
+        self._commit_and_ask = _COMMIT.get(engine.dialect.driver, _commit_unasked)
         replace_commit(engine.dialect, self._commit)
         event.listen(engine.pool, "checkin", _forget)
         event.listen(engine, "handle_error", _note_error)
 
     def _commit(self, connection: PoolProxiedConnection) -> None:
-        info = getattr(connection, "info", {})
-        error = info.pop(_ERROR, None)
-        work: Durable | None = info.get(_DURABLE)
-        was_durable, may_be_durable = work is None or work.durable, True
-        if work is not None:
-            work.durable = True
-        try:
-            self._ask_and_commit(connection, info.pop(_HAS_ENDED, False))
-        except CommitWasRollbackError:
-            may_be_durable = False
-            raise PendingRollbackError(_CAME_TO_NOTHING) from error
-        except Exception as commit_error:
-            may_be_durable = not is_refused_commit(commit_error, self._dialect)
-            raise
-        finally:
-            if work is not None:
-                work.durable = was_durable or may_be_durable
+        noted: _Noted | None = connection.info.pop(_NOTED, None)
+        if noted is None:
+            self._ask_and_commit(connection, _Noted(None))
+        elif noted.work is None or noted.work.durable:
+            self._ask_and_commit(connection, noted)
+        else:
+            noted.work.durable = True
+            try:
+                self._ask_and_commit(connection, noted)
+            except PendingRollbackError:
+                noted.work.durable = False
+                raise
+            except Exception as error:
+                noted.work.durable = not is_refused_commit(error, self._dialect)
+                raise
 
-    def _ask_and_commit(self, connection: PoolProxiedConnection, has_ended: bool) -> None:
-        if has_ended:
-            raise CommitWasRollbackError
-        driver: Any = connection.driver_connection
-        if self._dialect.driver == "asyncpg":
-            let_commit_tell(driver)
-        elif self._dialect.driver == "psycopg":
-            if driver.info.transaction_status.name == "INERROR":
-                raise CommitWasRollbackError
-        elif self._dialect.driver == "aiosqlite":
-            if not release_savepoint(connection):
-                raise CommitWasRollbackError
-            if not driver.in_transaction:
-                return  # it was the whole of it
-        self._do_commit(connection)
+    def _ask_and_commit(self, connection: PoolProxiedConnection, noted: _Noted) -> None:
+        is_noted = noted.transaction is not None and noted.transaction.is_active
+        try:
+            if is_noted and noted.has_ended:
+                raise CommitWasRollbackError  # noqa: TRY301  # as the driver does
+            self._commit_and_ask(connection, self._do_commit)
+        except CommitWasRollbackError:
+            self._dialect.do_rollback(connection)  # the driver may have begun another one
+            raise PendingRollbackError(_CAME_TO_NOTHING) from (noted.error if is_noted else None)
+
+
+_DoCommit: TypeAlias = Callable[[Any], None]
+
+
+def _commit_asyncpg(connection: PoolProxiedConnection, do_commit: _DoCommit) -> None:
+    let_commit_tell(connection.driver_connection)
+    do_commit(connection)
+
+
+def _commit_psycopg(connection: PoolProxiedConnection, do_commit: _DoCommit) -> None:
+    driver: Any = connection.driver_connection
+    if driver.pgconn.transaction_status == _IN_ERROR:
+        raise CommitWasRollbackError
+    do_commit(connection)
+
+
+def _commit_aiosqlite(connection: PoolProxiedConnection, do_commit: _DoCommit) -> None:
+    if not release_savepoint(connection):
+        raise CommitWasRollbackError
+    driver: Any = connection.driver_connection
+    if driver.in_transaction:  # the savepoint was not the whole of it
+        do_commit(connection)
+
+
+def _commit_unasked(connection: PoolProxiedConnection, do_commit: _DoCommit) -> None:
+    do_commit(connection)
+
+
+_COMMIT = {"asyncpg": _commit_asyncpg, "psycopg": _commit_psycopg, "aiosqlite": _commit_aiosqlite}
 
 
 def _check_connection(_: Session, __: SessionTransaction, connection: Connection) -> None:
@@ -115,18 +148,33 @@ def _check_connection(_: Session, __: SessionTransaction, connection: Connection
 
 
 def _forget(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-    for key in _ERROR, _HAS_ENDED, _DURABLE, HAS_SAVEPOINT:
-        entry.info.pop(key, None)
+    entry.info.pop(_NOTED, None)
 
 
 def _note_error(context: ExceptionContext) -> None:
     connection, error = context.connection, context.original_exception
     if connection is None or context.is_disconnect or not isinstance(error, Exception):
         return
-    # Of no weight for what the COMMIT comes to: it is named as the cause, and decides on a retry.
-    connection.info[_ERROR] = error
-    if _has_ended_transaction(connection.connection, error):
-        connection.info[_HAS_ENDED] = True
+    noted = _noted_of(connection)
+    noted.error = context.sqlalchemy_exception or error
+    if not noted.has_ended and _has_ended_transaction(connection.connection, error):
+        noted.has_ended = True
+        event.listen(connection, "before_cursor_execute", _refuse_statement)
+
+
+def _refuse_statement(connection: Connection, *_: Any) -> None:
+    # It would be another transaction, or be stored at once.
+    noted = _noted_of(connection)
+    if noted.has_ended:
+        raise PendingRollbackError(_CAME_TO_NOTHING) from noted.error
+
+
+def _noted_of(connection: Connection) -> _Noted:
+    noted: _Noted | None = connection.info.get(_NOTED)
+    transaction = connection.get_transaction()
+    if noted is None or noted.transaction is not transaction:
+        noted = connection.info[_NOTED] = _Noted(transaction)
+    return noted
 
 
 def _has_ended_transaction(connection: PoolProxiedConnection, error: Exception) -> bool:
@@ -147,7 +195,8 @@ def _has_ended_transaction(connection: PoolProxiedConnection, error: Exception) 
     return not driver.get_transaction_status()
 
 
-def _is_autocommit(connection: Connection) -> bool:
+def is_autocommit(connection: Connection) -> bool:
+    """Return whether each statement on a connection is a commit."""
     # SQLAlchemy 2.0.41 has a method of the dialect for it.
     adapter: Any = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
@@ -157,6 +206,7 @@ def _is_autocommit(connection: Connection) -> bool:
     return getattr(adapter, "autocommit", False) is True
 
 
+_IN_ERROR = 3  # https://www.postgresql.org/docs/current/libpq-status.html
 _SQLITE_ERROR = 1  # such as one of the syntax; https://www.sqlite.org/rescode.html
 
 _CAME_TO_NOTHING = (

@@ -132,10 +132,15 @@ def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
 
 
 def is_concurrent_use(error: BaseException) -> bool:
-    """Return whether two tasks have used a session at the same time."""
+    """Return whether two tasks, such as those of a group, have used a session at the same time."""
     # SQLAlchemy's code for an "illegal state change" of a session; asyncpg has no code for it.
-    return getattr(error, "code", None) == "isce" or (
-        isinstance(error, InterfaceError) and "another operation is in progress" in str(error)
+    return any(
+        getattr(related, "code", None) == "isce"
+        or (
+            isinstance(related, InterfaceError)
+            and "another operation is in progress" in str(related)
+        )
+        for related in _related(error)
     )
 
 

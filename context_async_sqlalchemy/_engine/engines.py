@@ -11,10 +11,12 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import sessionmaker
 
+from context_async_sqlalchemy._engine.checks import check_callable, check_host
 from context_async_sqlalchemy._engine.guard import guard, retire
-from context_async_sqlalchemy._engine.host import Choice, Host, Opened, SessionMaker, check_host
+from context_async_sqlalchemy._engine.host import Choice, Host, Opened, SessionMaker
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
+from context_async_sqlalchemy._engine.one_connection import take_turns
 from context_async_sqlalchemy._engine.pool import count_connections, finish_closing
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
@@ -54,6 +56,19 @@ class Engines:
         self._pinned: _Place | None = None
         self._close_unpinned = False
 
+    def anew(self) -> "Engines":
+        """Return what makes engines in the same way, and has made none."""
+        engines = Engines(self._engine_creator, self._session_maker_creator, self.host.now)
+        engines.needs_host = self.needs_host
+        return engines
+
+    async def session_maker_after(
+        self, handler: Callable[[], Awaitable[None]] | None
+    ) -> SessionMaker:
+        """Run a handler, if there is one; return the sessionmaker for the host that it leaves."""
+        choice = await self.host.choose(handler) if handler is not None else None
+        return self.session_maker_put_by_hand or (await self.get(choice)).session_maker
+
     async def get(self, choice: Choice | None = None) -> Opened:
         """Return the engine of the running loop for the host, made if there is none.
 
@@ -83,7 +98,9 @@ class Engines:
         self.put_by_hand = None
         # A test that has patched it puts back what was there: its user is counted already.
         if engine is not self.here():
+            take_turns(engine)
             guard(engine)
+            count_connections(engine)
             self.put_by_hand = engine
 
     async def switch(self, host: str, *, anew: bool) -> None:
@@ -186,6 +203,7 @@ class Engines:
 
     async def _make(self, host: str | None) -> Opened:
         engine = await self.make_engine(host)
+        take_turns(engine)
         guard(engine)
         try:
             session_maker = await self._make_session_maker(engine)
@@ -260,9 +278,3 @@ def _check_engine(engine: Any) -> AsyncEngine:
             "make it with create_async_engine()"
         )
     return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
-
-
-def check_callable(name: str, value: object) -> None:
-    """Refuse what cannot be called, before it is called."""
-    if not callable(value):
-        raise TypeError(f"{name} must be callable, not {type(value).__name__}")

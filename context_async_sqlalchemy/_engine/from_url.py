@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any, Unpack, cast
 
 from sqlalchemy import URL, AsyncAdaptedQueuePool, Pool, QueuePool
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.libpq import translate_libpq_url
+from context_async_sqlalchemy._engine.log import hide_password
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
-from context_async_sqlalchemy._engine.sqlite import complete_transactions
+from context_async_sqlalchemy._engine.sqlite import prepare_sqlite
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
 
 # Of this package, by the driver that they install.
@@ -58,8 +60,8 @@ def creators_from_url(
         return async_sessionmaker(engine, **session_options)
 
     # An error is raised now, not when the first session is made.
-    make_session_maker(make_engine(database.host))()
-    return make_engine, make_session_maker, database.host
+    make_session_maker(make_engine(None))()
+    return make_engine, make_session_maker, database.host or None
 
 
 def create_engine(
@@ -72,6 +74,9 @@ def create_engine(
     if dialect.driver == "asyncpg":
         url, arguments = translate_libpq_url(url)
         options["connect_args"] = _merge(arguments, options.get("connect_args", {}))
+    if (password := url.query.get("sslpassword")) is not None:  # which the URL's repr would show
+        url = url.difference_update_query(["sslpassword"])
+        options["connect_args"] = {"sslpassword": password} | options.get("connect_args", {})
     if dialect.name == "sqlite":
         engine = _create_sqlite_engine(url, options)
     else:
@@ -128,6 +133,10 @@ def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEng
         if driver in _EXTRAS:
             message += f', or install context-async-sqlalchemy with its extra "{_EXTRAS[driver]}"'
         raise ModuleNotFoundError(message, name=driver) from error
+    except ArgumentError as error:
+        message = hide_password(str(error), url.password)
+    # Not in the except clause: the message of SQLAlchemy, its context, may show the URL.
+    raise ValueError(message)
 
 
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
@@ -139,5 +148,5 @@ def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
         options["poolclass"] = AsyncAdaptedQueuePool
         options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
     engine = _create_async_engine(url, **options)
-    complete_transactions(engine.sync_engine)
+    prepare_sqlite(engine.sync_engine)
     return engine

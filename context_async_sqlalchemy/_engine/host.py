@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
+from context_async_sqlalchemy._engine.checks import check_host
+
 SessionMaker: TypeAlias = async_sessionmaker[Any]
 
 
@@ -68,10 +70,3 @@ class Host:
                 self._choice.reset(token)
             if choice.host is not None or choice.seen in (None, self.now):
                 return choice
-
-
-def check_host(host: str) -> str:
-    """Refuse an empty host."""
-    if not host:
-        raise ValueError("host must not be empty")
-    return host

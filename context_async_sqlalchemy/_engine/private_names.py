@@ -7,10 +7,10 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import ModuleType, new_class
+from types import new_class
 from typing import Any, NoReturn
 
-from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool
+from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool, StaticPool
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
@@ -52,6 +52,12 @@ def is_changing(transaction: SessionTransaction) -> bool:
     return transaction._current_fn is not None
 
 
+def is_connecting(transaction: SessionTransaction) -> bool:
+    """Return whether a task is taking a connection."""
+    current = transaction._current_fn
+    return current is not None and current.__name__ == "_connection_for_bind"
+
+
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is inside a statement of a connection."""
     adapter = connection.connection.dbapi_connection
@@ -90,12 +96,6 @@ def ping(dialect: Dialect, connection: DBAPIConnection) -> bool:
     return dialect._do_ping_w_event(connection)
 
 
-def fastapi_has_answered(scope: Any) -> bool:
-    """Return whether a dependency ends after the answer, as since FastAPI 0.118."""
-    # Earlier versions reject invalid parameters only after the dependencies have ended.
-    return "fastapi_inner_astack" in scope
-
-
 def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return the exception handlers of the application of a request, by class and by status."""
     return scope.get("starlette.exception_handlers", ({}, {}))  # type: ignore[no-any-return]
@@ -125,7 +125,7 @@ def let_commit_tell(driver_connection: Any) -> None:
     # Its transaction ignores the tag of the answer, and its connection has no way to be asked. A
     # `connection_class` would miss the engines that others make.
     cls = type(driver_connection)
-    if not issubclass(cls, _TellsOfCommit) and hasattr(cls, "get_server_pid"):
+    if cls not in _telling.values() and hasattr(cls, "get_server_pid"):
         if cls not in _telling:
             namespace = {"__slots__": (), "__module__": cls.__module__}
             _telling[cls] = new_class(
@@ -157,6 +157,30 @@ def replace_pool(engine: Engine, pool: Pool) -> None:
     engine.pool = pool
 
 
+class WatchedStaticPool(StaticPool):
+    """A StaticPool that calls its own methods before a checkout and after a checkin."""
+
+    # The public events come too late: the one before has lost track of its connection by then.
+
+    def before_checkout(self) -> None:
+        """Wait, or raise."""
+
+    def after_checkin(self) -> None:
+        """Let the next one go on."""
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        self.before_checkout()
+        try:
+            return super()._do_get()
+        except BaseException:
+            self.after_checkin()
+            raise
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        super()._do_return_conn(record)
+        self.after_checkin()
+
+
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     """Take the connection out of its place in the pool, where the next user opens another one."""
     # Closing it waits, and meanwhile nobody may be given it.
@@ -165,13 +189,13 @@ def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     return connection
 
 
-def wrap_endpoints(
-    routing: ModuleType, wrap: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Any]]
+def wrap_routers(
+    router_class: type[Any], wrap: Callable[[Callable[..., Awaitable[None]]], Callable[..., Any]]
 ) -> None:
-    """Wrap, once, the function of `fastapi.routing` that calls the endpoints."""
-    # It exists so that it can be wrapped: for profilers, as FastAPI's source says.
-    run = routing.run_endpoint_function
-    if getattr(run, "wrapped_by", None) != __name__:
-        wrapped = wrap(run)
+    """Wrap, once, the method by which every router of FastAPI is called."""
+    # Nothing else lets a dependency know of the response that its request is answered with.
+    call = router_class.__call__
+    if getattr(call, "wrapped_by", None) != __name__:
+        wrapped = wrap(call)
         wrapped.wrapped_by = __name__  # type: ignore[attr-defined]
-        routing.run_endpoint_function = wrapped  # type: ignore[attr-defined]
+        router_class.__call__ = wrapped

@@ -68,6 +68,10 @@ async def _release_each(
     for session in sessions:
         connections = connections_of(session)
         end = session.close if what == "close" else session.rollback
+        transaction = session.sync_session.get_transaction()
+        if transaction is not None and private_names.is_connecting(transaction):
+            await _discard(session, connections)  # who takes it is told, and nothing was done on it
+            continue
         try:
             await (session.invalidate if is_in_use(session) else end)()
         except Exception:

@@ -4,18 +4,21 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-HAS_SAVEPOINT = "context_async_sqlalchemy.has_savepoint"
-"""In the `info` of a connection: whether its transaction has begun with a savepoint."""
+from context_async_sqlalchemy._engine.border import sync_engine_of
 
+_HAS_SAVEPOINT = "context_async_sqlalchemy.has_savepoint"
 _SAVEPOINT = "context_async_sqlalchemy"
 
 
-def complete_transactions(engine: Engine) -> None:
-    """Let the transactions of an engine include all, and foreign keys be enforced."""
+def prepare_sqlite(engine: Engine) -> None:
+    """Let the transactions of an engine hold all their statements; enforce its foreign keys."""
     event.listen(engine, "connect", _enforce_foreign_keys)
     event.listen(engine, "begin", begin)
+    event.listen(engine.pool, "checkin", _forget)
 
 
 def begin(connection: Connection) -> None:
@@ -26,7 +29,7 @@ def begin(connection: Connection) -> None:
     fairy = connection.connection
     driver: Any = fairy.dbapi_connection
     level = driver.isolation_level
-    fairy.info[HAS_SAVEPOINT] = level is not None
+    fairy.info[_HAS_SAVEPOINT] = level is not None
     if level is not None:
         if level.upper() not in ("", "DEFERRED"):
             connection.exec_driver_sql(f"BEGIN {level}")
@@ -42,7 +45,7 @@ def release_savepoint(connection: PoolProxiedConnection) -> bool:
     as in INSERT OR ROLLBACK, in a trigger, or if the disk is full; the driver then begins another
     one before the next write.
     """
-    if not connection.info.pop(HAS_SAVEPOINT, False):
+    if not connection.info.pop(_HAS_SAVEPOINT, False):
         return True
     driver: Any = connection.dbapi_connection
     try:
@@ -54,7 +57,34 @@ def release_savepoint(connection: PoolProxiedConnection) -> bool:
     return True
 
 
+def check_foreign_keys_at_commit(engine: AsyncEngine) -> None:
+    """Let an engine that enforces its foreign keys on SQLite look at them at each COMMIT only.
+
+    To alter a table, a migration drops it, which deletes, or changes, what refers to it. This can
+    be turned off outside a transaction only: https://www.sqlite.org/lang_altertable.html
+    """
+    sync_engine = sync_engine_of(engine)
+    if event.contains(sync_engine, "connect", _enforce_foreign_keys):
+        event.remove(sync_engine, "connect", _enforce_foreign_keys)
+        event.listen(sync_engine, "commit", _check_foreign_keys)
+
+
 def _enforce_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _forget(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+    entry.info.pop(_HAS_SAVEPOINT, None)
+
+
+def _check_foreign_keys(connection: Connection) -> None:
+    row = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+    if row is None:
+        return
+    table, rowid, parent, _ = row
+    error = connection.dialect.loaded_dbapi.IntegrityError(
+        f"FOREIGN KEY constraint failed: row {rowid} of {table!r} refers to no row of {parent!r}"
+    )
+    raise IntegrityError("PRAGMA foreign_key_check", None, error)

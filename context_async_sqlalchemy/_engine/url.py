@@ -1,8 +1,11 @@
 """A database URL: read, given an async driver and perhaps another host."""
 
+import re
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 from sqlalchemy import URL, make_url
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 _ASYNC_DRIVERS = {
@@ -12,6 +15,13 @@ _ASYNC_DRIVERS = {
     "mariadb": "mariadb+asyncmy",
 }
 
+# Several hosts, as libpq takes them: SQLAlchemy would take the second one for a part of a port.
+_SEVERAL_HOSTS = re.compile(r"(?s)([\w+]+://(?:[^:/]*(?::[^@]*)?@)?)([^/?@]*,[^/?@]*)([/?].*)?")
+_UNREADABLE = (
+    "the database URL cannot be read: it should be like "
+    "'postgresql://user:password@host:5432/database'"
+)
+
 
 def parse_url(url: str | URL, password: str | None = None) -> URL:
     """Read a database URL, and choose the async driver where it names none.
@@ -19,7 +29,7 @@ def parse_url(url: str | URL, password: str | None = None) -> URL:
     A password in its query is moved to where SQLAlchemy hides it; `password` wins over both. What
     cannot be used is a `TypeError` or a `ValueError`, whose message shows no password.
     """
-    parsed = _hide_password(_choose_driver(_read_url(url)))
+    parsed = _hide_password(_read_host(_choose_driver(_read_url(url))))
     if password is not None and not isinstance(password, str):
         raise TypeError(f"password must be a str, not {type(password).__name__}")
     if password:
@@ -36,11 +46,8 @@ def set_host(url: URL, host: str | None) -> URL:
     if url.get_backend_name() == "sqlite":
         raise ValueError(f"an SQLite database is a file, and has no host {host!r}")
     url = url.difference_update_query(["host", "port"])
-    name, _, port = host.rpartition(":")
-    is_bare_ipv6 = ":" in name and not name.endswith("]")
-    if not name or is_bare_ipv6 or not port.isdecimal():
-        return url.set(host=host.strip("[]"))
-    return url.set(host=name.strip("[]"), port=int(port))
+    name, port = _split_host(host)
+    return _read_host(url.set(host=name, port=port or url.port))
 
 
 def is_in_memory(url: URL) -> bool:
@@ -56,17 +63,17 @@ def _read_url(url: str | URL) -> URL:
         return url
     if not isinstance(url, str):
         raise TypeError(f"url must be a str or a sqlalchemy.URL, not {type(url).__name__}")
+    hosts = ""
+    if (several := _SEVERAL_HOSTS.fullmatch(url)) is not None:
+        before, hosts, after = several.groups("")
     try:
-        parsed = make_url(url)
+        parsed = make_url(before + after).set(host=hosts) if hosts else make_url(url)
     except (ArgumentError, ValueError):
         parsed = None
     if parsed is None:
         # Not in the except clause, whose error would be the context of this one: SQLAlchemy 2.0
         # shows the whole string, int() what is in the place of the port.
-        raise ValueError(
-            "the database URL cannot be read: it should be like "
-            "'postgresql://user:password@host:5432/database'"
-        )
+        raise ValueError(_UNREADABLE)
     # With an @ in the password, SQLAlchemy takes the rest of it for the host, which it shows.
     place, _, query = url.partition("@")[2].partition("?")
     keys = (item.partition("=")[0] for item in query.split("&"))
@@ -95,14 +102,56 @@ def _choose_driver(url: URL) -> URL:
     return url
 
 
+def _read_host(url: URL) -> URL:
+    backend, host = url.get_backend_name(), url.host or ""
+    if backend == "sqlite" and (host or url.username or url.password or url.port):
+        raise ValueError(
+            "an SQLite database is a file, and has neither a host nor a user: "
+            "'sqlite:///name.db', or 'sqlite:////directory/name.db' with a path from the root"
+        )
+    is_socket = host.lower().startswith("%2f")  # its directory, as libpq takes it
+    if issubclass(url.get_dialect(), PGDialect):
+        return _set_hosts(url, host) if "," in host or is_socket else url
+    if backend in ("mysql", "mariadb") and ("," in host or is_socket):
+        raise ValueError(
+            f"{url.get_dialect().driver} takes one host, and a socket as '?unix_socket=/path'"
+        )
+    return url
+
+
+def _set_hosts(url: URL, hosts: str) -> URL:
+    # SQLAlchemy reads them from the query, and a port for each.
+    names, ports = zip(*map(_split_host, hosts.split(",")), strict=True)
+    if not all(names) or any(":" in name and "::" not in name for name in names):
+        raise ValueError(_UNREADABLE)
+    if any(ports) and not all(ports):
+        raise ValueError(
+            "of several hosts, each needs its port, or none of them has one: "
+            "'postgresql://user@host1:5432,host2:5432/database'"
+        )
+    several = {
+        "host": ",".join(map(unquote, names)),
+        "port": ",".join(str(port or url.port or 5432) for port in ports),
+    }
+    return url.set(host="").update_query_dict(several)
+
+
+def _split_host(host: str) -> tuple[str, int | None]:
+    name, _, port = host.rpartition(":")
+    is_bare_ipv6 = ":" in name and not name.endswith("]")
+    if not name or is_bare_ipv6 or not port.isdecimal():
+        return host.strip("[]"), None
+    return name.strip("[]"), int(port)
+
+
 def _hide_password(url: URL) -> URL:
     # libpq also reads user and password from the query. SQLAlchemy hides a password only before the
     # host.
     if url.get_backend_name() == "sqlite":
         return url
-    user, password = (_last(url.query.get(key)) for key in ("user", "password"))
-    url = url.difference_update_query(["user", "password"])
-    return url.set(username=user or url.username, password=password or url.password)
+    user, password, passwd = (_last(url.query.get(k)) for k in ("user", "password", "passwd"))
+    url = url.difference_update_query(["user", "password", "passwd"])
+    return url.set(username=user or url.username, password=password or passwd or url.password)
 
 
 def _last(value: str | Sequence[str] | None) -> str | None:

@@ -5,20 +5,24 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any, Generic, Unpack
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Generic, Unpack
 
-import fastapi.routing
-from fastapi import Response
+from fastapi import APIRouter
 from fastapi.requests import HTTPConnection
 from sqlalchemy import URL
 
 from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
-from context_async_sqlalchemy._engine.private_names import fastapi_has_answered, wrap_endpoints
+from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
-from context_async_sqlalchemy._http.middleware import has_context, open_request_context
+from context_async_sqlalchemy._http.middleware import (
+    ASGIHTTPDBSessionMiddleware,
+    enter_request_context,
+    has_context,
+    prepare_request_context,
+)
 from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     current_context,
@@ -27,8 +31,7 @@ from context_async_sqlalchemy._unit.context import (
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.sessions import create_session
-from context_async_sqlalchemy._unit.settle import abandon, finish, is_success, settle_request
-from context_async_sqlalchemy.asgi_types import Scope
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from context_async_sqlalchemy.connect import ConnectOptions, DBConnect
 
 
@@ -56,7 +59,7 @@ class DBSessionDependency(Generic[SessionT]):
     def __init__(
         self, connect: DBConnect[SessionT] | None = None, *, manage_transactions: bool = True
     ) -> None:
-        wrap_endpoints(fastapi.routing, _settle_after)
+        wrap_routers(APIRouter, _settle_requests)
         self._connect = connect
         self._manages_transactions = manage_transactions
         self._is_owner = False
@@ -114,9 +117,7 @@ class DBSessionDependency(Generic[SessionT]):
         if connect is not None:
             await connect.close()
 
-    async def __call__(
-        self, connection: HTTPConnection, response: Response
-    ) -> AsyncGenerator[SessionT]:
+    async def __call__(self, connection: HTTPConnection) -> AsyncGenerator[SessionT]:
         """Yield the session; FastAPI calls this."""
         if connection.scope["type"] != "http":
             raise RuntimeError(
@@ -124,13 +125,14 @@ class DBSessionDependency(Generic[SessionT]):
                 "'async with new_db_session_ctx():', and call 'await db_session(connect)' in it."
             )
         scope = connection.scope
-        async with nullcontext() if has_context(scope) else _request_context(scope, response):
-            # A test settles its own context, and checks the work before it rolls back.
-            if self._manages_transactions or is_test_context():
-                yield await create_session(current_context(), self.connect, scope.get("endpoint"))
-            else:
-                async with _unmanaged_session(self.connect, scope) as session:
-                    yield session
+        if not has_context(scope):
+            _open_context(scope)
+        # A test settles its own context, and checks the work before it rolls back.
+        if self._manages_transactions or is_test_context():
+            yield await create_session(current_context(), self.connect, scope.get("endpoint"))
+        else:
+            async with _unmanaged_session(self.connect, scope) as session:
+                yield session
 
 
 @asynccontextmanager
@@ -162,66 +164,60 @@ async def _unmanaged_session(
         await close_sessions([real_session(session)])
 
 
-class _Request:
-    """A request whose context was opened by a dependency."""
+class _ContextOnDemand(DBSessionContext):
+    """The context of a request that opens with the first use of a dependency, if there is one."""
 
-    def __init__(self, context: DBSessionContext, scope: Scope, response: Response) -> None:
-        self.context = context
-        self.succeeded: bool | None = None  # until the endpoint has returned
-        self._scope = scope
-        self._response = response
+    def __init__(self) -> None:
+        super().__init__()
         self._task = asyncio.current_task()
 
-    def is_of(self, endpoint: object) -> bool:
-        """Return whether `endpoint` was called for this request, and not for another.
-
-        A child task may have inherited this request, or an endpoint may call another application.
-        """
-        is_here = self._task is asyncio.current_task() and not self.context.closed
-        return is_here and self._scope.get("endpoint") is endpoint
-
-    async def settle(self, returned: object) -> None:
-        """Commit or roll back by the response status that follows from `returned`."""
-        if isinstance(returned, Response):
-            status = returned.status_code
-        else:
-            of_route = getattr(self._scope.get("route"), "status_code", None)
-            status = self._response.status_code or of_route or 200
-        self.succeeded = is_success(status)
-        await settle_request(self.context, commit=self.succeeded)
+    def enter(self) -> None:
+        super().enter()
+        # A route class, or a middleware of the router, may call the endpoint in a task of its own.
+        # The variable of that task ends with it, and only there could it be restored.
+        if asyncio.current_task() is not self._task:
+            self.token = None
 
 
-@asynccontextmanager
-async def _request_context(scope: Scope, response: Response) -> AsyncGenerator[None]:
-    request = _Request(open_request_context(scope), scope, response)
-    _request.set(request)
-    try:
-        yield
-    except BaseException as error:
-        await abandon(request.context, error)
-        raise
-    if request.succeeded is None:
-        # The endpoint was not called, as for invalid parameters; or, since dependencies end after
-        # the answer, it is a generator from which FastAPI has streamed.
-        request.succeeded = fastapi_has_answered(scope)
-    await finish(request.context, commit=request.succeeded)
+class _MiddlewareOnDemand(ASGIHTTPDBSessionMiddleware):
+    """The middleware around a router, for the requests that use a dependency.
 
-
-_request: ContextVar[_Request | None] = ContextVar("request", default=None)
-
-
-def _settle_after(run: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Settle a request whose context was opened by a dependency when its endpoint returns.
-
-    A dependency with `yield` ends before the response in FastAPI up to 0.117 and after it in later
-    versions, with no choice before 0.121; and it never sees the response, which may be a 404.
+    It is inside of the exception handlers of the application: what it raises is theirs to answer.
     """
 
-    async def run_and_settle(**arguments: Any) -> Any:
-        returned = await run(**arguments)
-        request = _request.get()
-        if request is not None and request.is_of(arguments["dependant"].call):
-            await request.settle(returned)
-        return returned
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the router for anything that it is called for."""
+        if scope["type"] != "http" or has_context(scope):
+            await app(scope, receive, send)
+        else:
+            await self._serve(app, scope, receive, send)
 
-    return run_and_settle
+    def _context_of(self, scope: Scope) -> DBSessionContext:
+        context = scope[_ON_DEMAND] = prepare_request_context(scope, _ContextOnDemand())
+        return context
+
+
+def _open_context(scope: Scope) -> None:
+    context = scope.get(_ON_DEMAND)
+    if context is None or context.closed:
+        raise RuntimeError(
+            "DBSessionDependency does not see how this request ends, and would not know whether to "
+            "commit: it was not called by the router of a FastAPI application. Add the middleware, "
+            "with 'add_fastapi_http_db_session_middleware(app)'; outside of a request use "
+            "'async with new_db_session_ctx():' and 'await db_session(connect)'."
+        )
+    enter_request_context(context, scope)
+
+
+_ON_DEMAND = "context_async_sqlalchemy.on_demand"
+
+
+def _settle_requests(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    middleware = _MiddlewareOnDemand(call)
+
+    async def call_and_settle(
+        router: APIRouter, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        await middleware.serve(partial(call, router), scope, receive, send)
+
+    return call_and_settle

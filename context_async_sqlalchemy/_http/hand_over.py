@@ -2,12 +2,22 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
-HAND_OVER = "context_async_sqlalchemy.hand_over"
-"""In the scope of a request: what is awaited with the start of the response, see `HandOver`."""
+RECIPIENT = "context_async_sqlalchemy.recipient"
+"""In the scope of a request: its `Recipient`."""
+
+
+class Recipient(Protocol):
+    """Is told what the application does, whatever becomes of it in other middlewares."""
+
+    async def hand_over(self, start: Message, outer: BaseException | None) -> None:
+        """Take the start of the response; who called the application handles the error `outer`."""
+
+    def fail(self, error: BaseException) -> None:
+        """Take the error with which the application has ended."""
 
 
 def see_hand_over(app: object) -> bool:
@@ -36,15 +46,15 @@ class HandOver:
     """Goes around the application itself, inside every middleware.
 
     Other middlewares hold the start of a response back, or pass it on in another task: meanwhile
-    its body has begun.
+    its body has begun. And for Starlette's BaseHTTPMiddleware, a body that raises is one that ends.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        hand_over = scope.get(HAND_OVER)
-        if hand_over is None:
+        recipient: Recipient | None = scope.get(RECIPIENT)
+        if recipient is None:
             await self.app(scope, receive, send)
             return
 
@@ -52,7 +62,11 @@ class HandOver:
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                await hand_over(message, outer)
+                await recipient.hand_over(message, outer)
             await send(message)
 
-        await self.app(scope, receive, send_on)
+        try:
+            await self.app(scope, receive, send_on)
+        except BaseException as error:
+            recipient.fail(error)
+            raise

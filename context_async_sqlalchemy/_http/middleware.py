@@ -1,21 +1,24 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
 import asyncio
-import inspect
 from collections.abc import Awaitable, Callable
-from typing import TypedDict
 
-from context_async_sqlalchemy._http.hand_over import HAND_OVER, see_hand_over
+from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
+from context_async_sqlalchemy._http.options import (
+    MiddlewareOptions as MiddlewareOptions,
+    checked_commit_on,
+    warn_of_ignored,
+)
 from context_async_sqlalchemy._http.replay import Replay
 from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     is_test_context,
-    open_context,
 )
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
+    check_before_commit,
     finish,
     is_success,
 )
@@ -66,20 +69,27 @@ class ASGIHTTPDBSessionMiddleware:
         attempts: int = 1,
         replay_body_limit: int = 1024 * 1024,
     ) -> None:
-        if not (before_commit is None or callable(before_commit)):
-            raise TypeError("before_commit must be a function that takes a session")
-        if not callable(commit_on) or inspect.iscoroutinefunction(commit_on):
-            raise TypeError("commit_on must be a function that takes a status and returns a bool")
+        check_before_commit(before_commit)
         if replay_body_limit < 0:
             raise ValueError(f"replay_body_limit must be at least 0, not {replay_body_limit}")
         self.app = app
         self.before_commit = before_commit
-        self.commit_on = commit_on
         self._sees_hand_over = see_hand_over(app)
+        self.commit_on = checked_commit_on(commit_on)
+        self._options = {
+            "before_commit": before_commit,
+            "commit_on": commit_on,
+            "attempts": attempts,
+            "replay_body_limit": replay_body_limit,
+        }
+        self._is_nested = False  # for all that is known yet
         self._replay = Replay(self, attempts, replay_body_limit) if attempts != 1 else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or has_context(scope):
+            if not self._is_nested and (context := scope.get(_SCOPE_KEY)) is not None:
+                self._is_nested = True
+                warn_of_ignored(self._options, context.options, context.name)
             await self.app(scope, receive, send)
             return
         if not self._sees_hand_over:
@@ -97,9 +107,10 @@ class ASGIHTTPDBSessionMiddleware:
         send: Send,
     ) -> None:
         """Call the application for a request, in a context of its own."""
-        context = open_request_context(scope)
+        context = self._context_of(scope)
+        context.options = self._options
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
-        scope[HAND_OVER] = settling.hand_over
+        scope[RECIPIENT] = settling
         try:
             try:
                 await app(scope, receive, settling)
@@ -108,29 +119,27 @@ class ASGIHTTPDBSessionMiddleware:
                     raise
             if settling.failure is not None and not settling.started:
                 # What became of it inside does not matter: the application took it for a success.
+                settling.error = None
                 await self.respond_to_failure(settling.failure, scope, receive, settling)
         except BaseException as error:
-            await abandon(context, error)
+            await abandon(context, error, has_answered=settling.started)
             raise
         else:
             commit = settling.succeeded()
             await finish(context, commit=commit, before_commit=self.before_commit)
         finally:
-            scope.pop(HAND_OVER, None)  # it refers to the server's `send`, which may refer to this
+            # The server's `send` may refer to the scope, and the error to all of this.
+            scope.pop(RECIPIENT, None)
+            settling.error = None
+
+    def _context_of(self, scope: Scope) -> DBSessionContext:
+        return open_request_context(scope)
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer a request whose commit failed with `failure`. This class raises it."""
         raise failure
-
-
-class MiddlewareOptions(TypedDict, total=False):
-    """The options of `ASGIHTTPDBSessionMiddleware`, without `app` and `before_commit`."""
-
-    commit_on: Callable[[int], bool]
-    attempts: int
-    replay_body_limit: int
 
 
 def has_context(scope: Scope) -> bool:
@@ -146,8 +155,20 @@ def has_context(scope: Scope) -> bool:
 
 def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = scope[_SCOPE_KEY] = open_context()
+    context = prepare_request_context(scope, DBSessionContext())
+    enter_request_context(context, scope)
+    return context
+
+
+def prepare_request_context(scope: Scope, context: DBSessionContext) -> DBSessionContext:
+    """Make a context that of a request, without opening it."""
     context.loop = asyncio.get_running_loop()
     # Not the scope: it refers to the context, and would make a reference cycle with it.
     context.request = scope.get("method", ""), scope.get("path", "")
     return context
+
+
+def enter_request_context(context: DBSessionContext, scope: Scope) -> None:
+    """Open a context that was prepared for the request with this ASGI scope."""
+    scope[_SCOPE_KEY] = context
+    context.enter()

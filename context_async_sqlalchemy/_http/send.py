@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     is_success,
@@ -33,22 +34,27 @@ class SettlingSend:
         self.failure: Exception | None = None  # kept a response from starting
         self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
+        self.error: Exception | None = None  # with which the application has ended
         self._is_handed_over = False
         self._is_settled = False  # and what is open now is the body's
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if sys.exception() is self.error or message["status"] >= 400:
+                self.error = None  # another middleware answers it
             await self.settle_by(message["status"])
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
+            if self.error is not None:
+                raise self.error  # which another middleware has kept to itself
             if self.context.used:
                 # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
         await self.send(message)
 
-    async def hand_over(self, message: Message, outer: BaseException | None) -> None:
+    async def hand_over(self, start: Message, outer: BaseException | None) -> None:
         """Take the start of a response from the application itself.
 
         Who called it handles the error `outer`. What it did is settled now if the body is still to
@@ -58,9 +64,14 @@ class SettlingSend:
             self._is_handed_over = True
             self._outer = (*self._outer, outer)
             self.answered = self.handled_error()
-            if _is_streamed(message):
-                await self.settle_by(message["status"])
-                self._is_settled = True
+            if _is_streamed(start) and not self.context.settles_late:
+                await self.settle_by(start["status"])
+            self._is_settled = not self.context.in_transaction()
+
+    def fail(self, error: BaseException) -> None:
+        """Take the error with which the application has ended."""
+        if isinstance(error, Exception):  # or else somebody has no more use for it
+            self.error = error
 
     async def settle_by(self, status: int) -> None:
         """Settle what is open, unless it is the body's, by the status of the response."""
@@ -68,6 +79,8 @@ class SettlingSend:
             return
         self.commit = self.asks_for_commit(status)
         if self.context.used:
+            if not self.commit or self.context.rolls_back:
+                tell_of_lost_work(self.context, status)
             try:
                 await self._settle(self.commit)
             except Exception as error:
@@ -113,5 +126,5 @@ def ends_body(message: Message) -> bool:
 
 def _is_streamed(message: Message) -> bool:
     """Return whether the body of a response is still to be made when it starts."""
-    # What has been made has a length.
-    return all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+    # What has been made has a length. ASGI has the names of headers in lower case.
+    return b"content-length" not in {name for name, _ in message.get("headers", ())}

@@ -1,6 +1,5 @@
 """The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
-import inspect
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -14,17 +13,18 @@ from starlette.types import Message, Receive, Scope, Send
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
-from context_async_sqlalchemy._http.hand_over import HAND_OVER, see_hand_over
+from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
 from context_async_sqlalchemy._http.middleware import (
     ASGIHTTPDBSessionMiddleware,
     has_context,
     open_request_context,
 )
+from context_async_sqlalchemy._http.options import is_async
 from context_async_sqlalchemy._http.send import SettlingSend
-from context_async_sqlalchemy._unit.context import DBSessionContext
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
+    check_before_commit,
     finish,
     is_success,
 )
@@ -63,8 +63,7 @@ async def starlette_http_db_session_middleware(
 
     Prefer `add_starlette_http_db_session_middleware`. `BaseHTTPMiddleware` runs the application in
     a task of its own and does not say when it ends, so this function promises less: the context
-    ends with the body, a background task gets `ContextClosedError`, and a streamed body that raises
-    cannot be told from one that ends.
+    ends with the body, and a background task gets `ContextClosedError`.
 
     Args:
         request: The request.
@@ -74,19 +73,20 @@ async def starlette_http_db_session_middleware(
     Returns:
         The response of the application; its context ends with its body.
     """
+    check_before_commit(before_commit)
     if has_context(request.scope):
         return await call_next(request)
 
     see_hand_over(request.scope.get("app"))
     context = open_request_context(request.scope)
     settling = SettlingSend(context, _send_nothing, before_commit, is_success)
-    request.scope[HAND_OVER] = settling.hand_over
+    request.scope[RECIPIENT] = settling
     try:
         try:
             try:
                 response = await call_next(request)
             finally:
-                request.scope.pop(HAND_OVER, None)
+                request.scope.pop(RECIPIENT, None)
             await settling.settle_by(response.status_code)
         except Exception:
             if settling.failure is None:
@@ -98,7 +98,7 @@ async def starlette_http_db_session_middleware(
         end = partial(finish, context, commit=commit, before_commit=before_commit)
         if "body_iterator" in vars(response):
             context.leave()
-            return _EndingResponse(response, end, context)
+            return _EndingResponse(response, end, settling)
         await end()
     except BaseException as error:
         await abandon(context, error)
@@ -110,12 +110,13 @@ class _EndingResponse(Response):
     """The response of a request, which ends the context at its own end."""
 
     def __init__(
-        self, response: Response, end: Callable[[], Awaitable[None]], context: DBSessionContext
+        self, response: Response, end: Callable[[], Awaitable[None]], settling: SettlingSend
     ) -> None:
         vars(self).update(vars(response))
         self._class = type(response)
         self._end = end
-        self._context = context
+        self._settling = settling
+        self._context = settling.context
         self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,7 +130,7 @@ class _EndingResponse(Response):
                     "is not committed is rolled back."
                 )
         except BaseException as error:
-            await abandon(self._context, error)
+            await abandon(self._context, error, has_answered=True)
             raise
         else:
             await finish(self._context, commit=False)
@@ -139,6 +140,9 @@ class _EndingResponse(Response):
         # which Starlette reads in another task.
         async for part in body:
             yield part
+        if (error := self._settling.error) is not None:
+            self._settling.error = None
+            raise error  # which BaseHTTPMiddleware keeps to itself
         self._context.enter()
         await self._end()
 
@@ -162,6 +166,6 @@ async def call_handler(
     handler: Callable[..., Any], connection: HTTPConnection, error: Exception
 ) -> Response:
     """Call an exception handler as Starlette does: a plain function runs in a thread."""
-    if inspect.iscoroutinefunction(handler):
+    if is_async(handler):
         return await handler(connection, error)  # type: ignore[no-any-return]
     return await run_in_threadpool(handler, connection, error)

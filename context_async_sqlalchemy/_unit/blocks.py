@@ -2,20 +2,24 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import ParamSpec, TypeVar
 
 from context_async_sqlalchemy._unit.context import open_context
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, abandon, finish
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback,
+    abandon,
+    check_before_commit,
+    finish,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def new_db_session_ctx(
+def new_db_session_ctx(
     before_commit: BeforeCommitCallback | None = None,
-) -> AsyncGenerator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Open a context for a block: committed at its end, rolled back on an exception, always closed.
 
     Inside another context it is a unit of work of its own; the outer one is restored afterwards.
@@ -26,7 +30,16 @@ async def new_db_session_ctx(
 
     Args:
         before_commit: Called with each session that is about to be committed. Default None.
+
+    Raises:
+        TypeError: If `before_commit` is not callable.
     """
+    check_before_commit(before_commit)
+    return _block(before_commit)
+
+
+@asynccontextmanager
+async def _block(before_commit: BeforeCommitCallback | None) -> AsyncGenerator[None]:
     context = open_context()
     try:
         yield

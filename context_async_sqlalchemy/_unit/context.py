@@ -1,7 +1,7 @@
 """A context: the sessions of one unit of work, and the context variable that points at it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,9 +31,11 @@ class DBSessionContext:
         self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
         self.loop: asyncio.AbstractEventLoop | None = None  # that serves the request, if it is one
         self.request: tuple[str, str] | None = None  # its method and path
+        self.options: Mapping[str, Any] = {}  # of the middleware that opened it
         self.is_test = False  # a test opened it, and settles it
         self.used = False  # there may be something to settle
         self.settles_late = False  # when the application has returned, not before
+        self.rolls_back = False  # whatever it would be settled with
         self.closed = False
         self.commits: CommitWatch | None = None  # watches its commits, if anything asks about them
         self.token: Token[DBSessionContext | None] | None = None  # restores the context variable
@@ -45,6 +47,16 @@ class DBSessionContext:
     def sessions(self) -> list[AsyncSession]:
         """Every session to settle and to close, in the order they were made."""
         return [held.session for held in self._held]
+
+    @property
+    def name(self) -> str:
+        """The request, for a log; without its query, which may be secret."""
+        # The client chooses the path, and may put line breaks into it: a repr has none.
+        return f"{self.request[0]} {self.request[1]!r}" if self.request else "outside of a request"
+
+    def is_settled(self) -> bool:
+        """Return whether there is nothing to commit or roll back, and no callback that waits."""
+        return self.commits is None and not self.in_transaction()
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""

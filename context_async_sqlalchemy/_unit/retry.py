@@ -11,7 +11,11 @@ from context_async_sqlalchemy._engine.driver_errors import is_transient_error
 from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
-from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, note_once
+from context_async_sqlalchemy._unit.settle import (
+    BeforeCommitCallback,
+    check_before_commit,
+    note_once,
+)
 
 if TYPE_CHECKING:
     from stamina import Attempt
@@ -55,11 +59,13 @@ def retry_on_transient_error(
 
     Raises:
         ImportError: If stamina is not installed.
-        TypeError: If the decorated object is not an async function.
+        TypeError: If the decorated object is not an async function, or `before_commit` is not
+            callable.
         ValueError: If `attempts` is less than 1.
     """
     if callable(attempts):
         raise TypeError("write @retry_on_transient_error(), with parentheses")
+    check_before_commit(before_commit)
     retrying = Retrying(attempts, timeout, wait_initial, wait_max, wait_jitter)
 
     def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
+from context_async_sqlalchemy._engine.written import count_written
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy.connect import DBConnect
@@ -71,6 +72,7 @@ async def create_session(
             raise ContextClosedError
         if (threshold := threshold_of(connect)) is not None:
             detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
+        count_written(real_session(session))
         context.put(key, session, is_made=True)
         return session
 

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy._engine.border import given_session, note_settled
 from context_async_sqlalchemy._engine.commits import check_open_connections
 from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
+from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._unit.context import DBSessionContext
@@ -17,6 +18,17 @@ from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 
 BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
 """Called with each session about to be committed automatically; may be a plain function."""
+
+
+def check_before_commit(before_commit: object) -> None:
+    """Refuse what cannot be called before a commit, such as a connect, before there is one."""
+    if before_commit is not None and not callable(before_commit):
+        raise TypeError(
+            "before_commit must be a function that takes a session, or None, not "
+            f"{type(before_commit).__name__}. A context needs no connect: call "
+            "'await db_session(connect)' in it."
+        )
+
 
 AWAITED = "context_async_sqlalchemy.awaited"
 """In the `info` of a session for whose commit something has waited."""
@@ -32,15 +44,24 @@ async def finish(
 ) -> None:
     """Settle and end a context: every one that is not ended by hand ends here."""
     try:
-        if context.used:
+        if not context.is_settled():
             await settle(context, commit=commit, before_commit=before_commit)
     finally:
         await context.end()
 
 
-async def abandon(context: DBSessionContext, error: BaseException) -> None:
-    """Roll back and end a context whose work failed with `error`."""
+async def abandon(
+    context: DBSessionContext, error: BaseException, *, has_answered: bool = False
+) -> None:
+    """Roll back and end a context whose work failed with `error`, perhaps after its answer."""
     _explain(error)
+    if has_answered and context.in_transaction():
+        # The error is the server's to log, and says nothing of what had gone well before it.
+        logger.warning(
+            "A request failed after its response had started (%s): what is not committed, such as "
+            "the work of an earlier background task, is rolled back.",
+            context.name,
+        )
     await finish(context, commit=False)
 
 
@@ -48,7 +69,7 @@ async def settle_request(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Settle a request before its response starts or its body ends, unless it asked for later."""
-    if context.used and not context.settles_late:
+    if not (context.settles_late or context.is_settled()):
         await settle(context, commit=commit, before_commit=before_commit)
         note_settled(context.sessions)
 
@@ -57,6 +78,7 @@ async def settle(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Commit or roll back what is open in a context now."""
+    commit = commit and not context.rolls_back
     commits = context.commits
     if commits is None:
         await _settle(context, commit, before_commit)
@@ -75,6 +97,8 @@ async def settle(
 
 async def commit_session(session: AsyncSession) -> None:
     """Commit a session; if its connection is lost meanwhile, nobody can know the outcome."""
+    if not (session.sync_session.autobegin or session.in_transaction()):
+        return  # the application has committed, and SQLAlchemy would refuse
     check_open_connections(session)
     try:
         if AWAITED in session.info:

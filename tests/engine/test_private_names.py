@@ -63,6 +63,26 @@ async def test_the_connections_of_a_transaction_are_known(any_connect: DBConnect
         await session.rollback()
 
 
+async def test_a_transaction_is_connecting_while_it_takes_its_connection(
+    any_connect: DBConnect,
+) -> None:
+    seen: list[bool] = []
+    async with new_non_ctx_session(any_connect) as session:
+        await session.begin()
+        transaction = transaction_of(session)
+        assert not private_names.is_connecting(transaction)
+
+        def look(*_: object) -> None:
+            seen.append(private_names.is_connecting(transaction))
+
+        event.listen(session.sync_session, "after_begin", look)
+        event.listen(session.sync_session, "before_commit", look)
+        await session.execute(select(1))
+        assert not private_names.is_connecting(transaction)
+        await session.commit()
+    assert seen == [True, False]
+
+
 async def test_a_transaction_is_committed_between_its_commit_and_its_end(
     any_connect: DBConnect,
 ) -> None:
@@ -347,6 +367,31 @@ async def test_fastapi_calls_every_endpoint_by_the_function_that_is_wrapped(
         await client.get("/async")
         await client.get("/sync")
     assert called == ["of_a_coroutine", "of_a_thread"]
+
+
+def test_a_static_pool_is_watched() -> None:
+    calls: list[str] = []
+
+    class Pool(private_names.WatchedStaticPool):
+        def before_checkout(self) -> None:
+            calls.append("before")
+
+        def after_checkin(self) -> None:
+            calls.append("after")
+
+    engine = create_engine("sqlite://", poolclass=Pool)
+    with engine.connect() as connection:
+        assert calls == ["before"]
+        connection.invalidate()
+        assert calls == ["before", "after"]
+    with engine.connect() as connection:
+        connection.detach()
+    assert calls == ["before", "after"] * 2
+    engine.dispose()
+    event.listen(engine, "do_connect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.connect()
+    assert calls == ["before", "after"] * 3
 
 
 async def test_what_is_spawned_waits_inside_a_greenlet() -> None:

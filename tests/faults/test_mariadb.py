@@ -13,7 +13,8 @@ import pytest_asyncio
 import sqlalchemy
 from packaging.version import Version
 from sqlalchemy import URL, insert, select, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
     CommitOutcomeUnknownError,
@@ -206,3 +207,156 @@ async def test_a_request_that_was_chosen_by_a_deadlock_is_tried_again(connect: D
     assert [messages[0]["status"] for messages in answers] == [201, 201]
     assert attempts == 3
     assert [sorted(name) for name in await names(connect)] == [["1", "2", "a"], ["1", "2", "b"]]
+
+
+# What the server ends without being asked: https://mariadb.com/kb/en/innodb-deadlocks/
+
+MARK = text("UPDATE item SET name = CONCAT(name, ' by ours') WHERE id = :number")
+IS_WAITING = text("SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
+
+
+@asynccontextmanager
+async def deadlock(connect: DBConnect) -> AsyncGenerator[None]:
+    """Lock row 2, and wait for row 1, which the block has locked: it loses a deadlock over row 2.
+
+    Row 2 is unlocked at the end, and the table has the two rows then that it had before.
+    """
+    async with new_non_ctx_session(connect) as other, new_non_ctx_session(connect) as observer:
+        # InnoDB rolls the lighter one back.
+        await other.execute(insert(Item).values([{"name": f"weight {n}"} for n in range(100)]))
+        await other.execute(text("SELECT * FROM item WHERE id = 2 FOR UPDATE"))
+        waiting = asyncio.create_task(other.execute(text("DELETE FROM item WHERE id = 1")))
+        try:
+            async with asyncio.timeout(30):
+                while await observer.scalar(IS_WAITING) is None:
+                    await observer.rollback()  # it would see what it has seen
+            yield
+        finally:
+            await waiting
+            await other.rollback()
+
+
+async def lose_a_deadlock(connect: DBConnect, session: AsyncSession) -> None:
+    """Fail in a transaction that has locked row 1."""
+    async with deadlock(connect):
+        await session.execute(MARK, {"number": 2})
+
+
+@pytest_asyncio.fixture
+async def two_rows(connect: DBConnect) -> list[str]:
+    """Make the rows 1 and 2; return their names."""
+    async with new_non_ctx_atomic_session(connect) as session:
+        await session.execute(insert(Item).values([{"name": "first"}, {"name": "second"}]))
+    return ["first", "second"]
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_a_deadlock_that_is_swallowed_is_no_success(
+    connect: DBConnect, two_rows: list[str], is_nested: bool, goes_on: bool
+) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # a savepoint that is gone has another
+        async with new_db_session_ctx():
+            session = await add(connect, "before")
+            await session.execute(MARK, {"number": 1})
+            with suppress(DBAPIError):
+                if is_nested:
+                    async with session.begin_nested():
+                        await lose_a_deadlock(connect, session)
+                else:
+                    await lose_a_deadlock(connect, session)
+            if goes_on:
+                await add(connect, "after")
+    assert isinstance(caught.value, SQLAlchemyError)
+    assert await names(connect) == two_rows
+    async with new_db_session_ctx():
+        await add(connect, "next")
+    assert await names(connect) == [*two_rows, "next"]
+
+
+async def test_a_deadlock_in_a_savepoint_of_the_atomic_block_is_no_success(
+    connect: DBConnect, two_rows: list[str]
+) -> None:
+    with pytest.raises(SQLAlchemyError):
+        async with new_db_session_ctx():
+            session = await add(connect, "before")
+            await session.execute(MARK, {"number": 1})
+            with suppress(DBAPIError):
+                async with atomic_db_session(connect, "savepoint"):
+                    await lose_a_deadlock(connect, session)
+            await add(connect, "after")
+    assert await names(connect) == two_rows
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_request_that_has_swallowed_a_deadlock_is_tried_again(
+    connect: DBConnect, two_rows: list[str]
+) -> None:
+    attempts = 0
+
+    async def handler(_: Scope) -> int:
+        nonlocal attempts
+        attempts += 1
+        session = await add(connect, "before")
+        await session.execute(MARK, {"number": 1})
+        if attempts == 1:
+            with suppress(DBAPIError):
+                await lose_a_deadlock(connect, session)
+        await add(connect, "after")
+        return 201
+
+    assert (await call(app_of(handler, attempts=3)))[0]["status"] == 201
+    assert attempts == 2
+    assert await names(connect) == ["first by ours", "second", "before", "after"]
+
+
+async def test_a_deadlock_is_forgiven_after_a_rollback(
+    connect: DBConnect, two_rows: list[str]
+) -> None:
+    async with new_db_session_ctx():
+        session = await add(connect, "before")
+        await session.execute(MARK, {"number": 1})
+        with suppress(DBAPIError):
+            await lose_a_deadlock(connect, session)
+        await session.rollback()
+        await add(connect, "after")
+    assert await names(connect) == [*two_rows, "after"]
+
+
+@pytest.mark.parametrize("savepoint", ["none", "SQLAlchemy's", "in SQL"])
+async def test_a_statement_that_the_server_undoes_alone_is_forgiven(
+    connect: DBConnect, two_rows: list[str], savepoint: str
+) -> None:
+    async def fail(session: AsyncSession) -> None:
+        with suppress(IntegrityError):
+            await session.execute(insert(Item).values([{"name": "c"}, {"name": "c"}]))
+
+    async with new_db_session_ctx():
+        session = await add(connect, "before")
+        if savepoint == "SQLAlchemy's":
+            async with session.begin_nested():
+                await fail(session)
+        elif savepoint == "in SQL":
+            await session.execute(text("SAVEPOINT mine"))
+            await add(connect, "in the savepoint")
+            await fail(session)
+            await session.execute(text("ROLLBACK TO mine"))
+        else:
+            await fail(session)
+        await add(connect, "after")
+    assert await names(connect) == [*two_rows, "before", "after"]
+
+
+async def test_a_lock_that_was_not_available_in_time_is_undone_alone(
+    connect: DBConnect, two_rows: list[str]
+) -> None:
+    async with new_non_ctx_session(connect) as other:
+        await other.execute(text("SELECT * FROM item WHERE id = 2 FOR UPDATE"))
+        async with new_db_session_ctx():
+            session = await add(connect, "before")
+            await session.execute(text("SET SESSION innodb_lock_wait_timeout = 0"))
+            with suppress(OperationalError):
+                await session.execute(MARK, {"number": 2})
+            await session.execute(text("SET SESSION innodb_lock_wait_timeout = DEFAULT"))
+            await add(connect, "after")
+    assert await names(connect) == [*two_rows, "before", "after"]

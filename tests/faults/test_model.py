@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, closing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, closing, suppress
 from contextvars import Token, copy_context
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import pytest
 from hypothesis import settings, strategies as st
@@ -25,12 +23,11 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     precondition,
-    rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Table, event, insert, select
-from sqlalchemy.exc import IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy import Table, event, insert, select, text
+from sqlalchemy.exc import IntegrityError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.schema import CreateTable
 
 from context_async_sqlalchemy import (
@@ -54,8 +51,9 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 from tests.helpers.connections import connections_out
-from tests.helpers.database import make_connect
+from tests.helpers.model import StumbleError, Unit, Work, one_of, some_of, step
 from tests.helpers.models import Item
+from tests.helpers.raw import raw_of
 
 DATABASES = range(3)
 MAX_DEPTH = 3
@@ -77,88 +75,6 @@ def test_what_is_in_the_database_is_what_a_program_has_committed() -> None:
         settings=settings(
             max_examples=examples, stateful_step_count=40, deadline=None, derandomize=False
         ),
-    )
-
-
-class StumbleError(Exception):
-    """What a program raises."""
-
-
-@dataclass(eq=False)
-class Work:
-    """A session, and what must be in it.
-
-    Attributes:
-        levels: The names written by its transaction, then by each savepoint in it; empty if no
-            transaction is open.
-        unflushed: Whether something was added that is not flushed yet.
-        connected: Whether it has a connection.
-    """
-
-    database: int
-    session: AsyncSession
-    levels: list[set[str]] = field(default_factory=list)
-    savepoints: list[AsyncSessionTransaction] = field(default_factory=list)
-    unflushed: bool = False
-    connected: bool = False
-
-    def begin(self) -> None:
-        if not self.levels:
-            self.levels.append(set())
-
-    def flush(self) -> None:
-        self.connected |= self.unflushed
-        self.unflushed = False
-
-    def names(self) -> set[str]:
-        return set().union(*self.levels)
-
-    async def write(self, name: str, *, orm: bool = False) -> None:
-        self.begin()
-        self.levels[-1].add(name)
-        if orm:
-            self.session.add(Item(name=name))
-            self.unflushed = True
-        else:
-            await self.session.execute(insert(Item).values(name=name))
-            self.connected = True
-
-
-@dataclass(eq=False)
-class Unit:
-    """A context: how to end it, the sessions `db_session` returns, and every one it has made."""
-
-    opened: AbstractAsyncContextManager[None] | Token[Any]
-    current: dict[int, Work] = field(default_factory=dict)
-    works: list[Work] = field(default_factory=list)
-
-
-AsyncMethod: TypeAlias = Callable[..., Coroutine[Any, Any, None]]
-
-
-def step(**arguments: Any) -> Callable[[AsyncMethod], Callable[..., None]]:
-    """Make an async method a rule. All of them run with one `contextvars.Context`."""
-
-    def decorate(method: AsyncMethod) -> Callable[..., None]:
-        @functools.wraps(method)
-        def run(self: Programs, *args: Any, **kwargs: Any) -> None:
-            self.runner.run(method(self, *args, **kwargs), context=self.context)
-
-        decorated: Callable[..., None] = cast("Any", rule)(**arguments)(run)
-        return decorated
-
-    return decorate
-
-
-def one_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[int]:
-    """Choose one of what the machine's state offers."""
-    return st.runner().flatmap(lambda machine: st.sampled_from(choices(machine)))
-
-
-def some_of(choices: Callable[[Programs], Sequence[int]]) -> st.SearchStrategy[list[int]]:
-    """Choose one or more of what the machine's state offers."""
-    return st.runner().flatmap(
-        lambda machine: st.lists(st.sampled_from(choices(machine)), min_size=1, unique=True)
     )
 
 
@@ -352,12 +268,16 @@ class Programs(RuleBasedStateMachine):
         assert names == self.committed[database] | work.names()
 
     @precondition(lambda self: self.usable())
-    @step(database=one_of(lambda self: self.usable()), orm=st.booleans())
-    async def begin_savepoint(self, database: int, orm: bool) -> None:
+    @step(database=one_of(lambda self: self.usable()), orm=st.booleans(), in_sql=st.booleans())
+    async def begin_savepoint(self, database: int, orm: bool, in_sql: bool) -> None:
         work = await self.work_on(database)
-        work.savepoints.append(await work.session.begin_nested())
-        work.begin()
-        work.flush()
+        if in_sql:
+            work.savepoints.append(f"savepoint_{next(self.numbers)}")
+            await work.execute(f"SAVEPOINT {work.savepoints[-1]}")
+        else:
+            work.savepoints.append(await work.session.begin_nested())
+            work.begin()
+            work.flush()
         work.levels.append(set())
         await work.write(next(self.numbers), orm=orm)
 
@@ -365,7 +285,16 @@ class Programs(RuleBasedStateMachine):
     @step(database=one_of(lambda self: self.in_savepoint()), fails=st.booleans())
     async def end_savepoint(self, database: int, fails: bool) -> None:
         work = self.top.current[database]
-        names, savepoint = work.levels.pop(), work.savepoints.pop()
+        savepoint = work.savepoints.pop()
+        if isinstance(savepoint, str):
+            if fails:
+                await work.execute(f"ROLLBACK TO {savepoint}")  # it is still there
+                work.levels[-1].clear()
+            await work.execute(f"RELEASE {savepoint}")
+            names = work.levels.pop()
+            work.levels[-1] |= names
+            return
+        names = work.levels.pop()
         if fails:
             await savepoint.rollback()
             work.unflushed = False
@@ -373,6 +302,79 @@ class Programs(RuleBasedStateMachine):
             await savepoint.commit()
             work.levels[-1] |= names
             work.flush()
+
+    @precondition(lambda self: self.duplicable())
+    @step(
+        database=one_of(lambda self: self.duplicable()),
+        at_the_driver=st.booleans(),
+        in_savepoint=st.booleans(),
+    )
+    async def swallow_a_failure(
+        self, database: int, at_the_driver: bool, in_savepoint: bool
+    ) -> None:
+        """Go on after an error of which SQLite undoes the statement only."""
+        work = await self.work_on(database)
+        await work.write(next(self.numbers))
+        await work.execute("SELECT 1")  # flushed
+        with suppress(SQLAlchemyError, StumbleError):
+            if in_savepoint:
+                async with work.session.begin_nested():
+                    await self.violate_a_constraint(work, "ABORT", at_the_driver)
+            else:
+                await self.violate_a_constraint(work, "ABORT", at_the_driver)
+
+    @precondition(lambda self: self.duplicable())
+    @step(
+        database=one_of(lambda self: self.duplicable()),
+        at_the_driver=st.booleans(),
+        in_savepoint=st.booleans(),
+        goes_on=st.booleans(),
+        how=st.sampled_from(["commit", "commit by hand", "commit all", "rollback", "close"]),
+    )
+    async def swallow_the_end_of_a_transaction(
+        self, database: int, at_the_driver: bool, in_savepoint: bool, goes_on: bool, how: str
+    ) -> None:
+        """Go on after an error with which SQLite has ended the transaction: nothing of it stays."""
+        work = await self.work_on(database)
+        await work.write(next(self.numbers))
+        await work.execute("SELECT 1")  # flushed
+        with suppress(SQLAlchemyError, StumbleError):
+            if in_savepoint:
+                async with work.session.begin_nested():
+                    await self.violate_a_constraint(work, "ROLLBACK", at_the_driver)
+            else:
+                await self.violate_a_constraint(work, "ROLLBACK", at_the_driver)
+        if goes_on:
+            with suppress(SQLAlchemyError):  # a savepoint of SQLAlchemy's may be gone
+                await work.write(next(self.numbers))
+        connect = self.connects[database]
+        if how == "commit all" and [w for w in self.top.works if w.levels] != [work]:
+            how = "commit"  # otherwise those that come first are committed
+        commits: dict[str, Callable[[], Awaitable[None]]] = {
+            "commit": lambda: commit_db_session(connect),
+            "commit by hand": work.session.commit,
+            "commit all": commit_all_sessions,
+        }
+        if how in commits:
+            with pytest.raises(SQLAlchemyError):
+                await commits[how]()
+            assert self.rows() == self.committed
+            await rollback_db_session(connect)
+        else:
+            await END_ONE[cast("End", how)](connect)
+        self.settle(work, commit=False)
+        if how == "close":
+            del self.top.current[database]
+
+    async def violate_a_constraint(self, work: Work, what: str, at_the_driver: bool) -> None:
+        name = min(self.committed[work.database])
+        statement = f"INSERT OR {what} INTO item (name) VALUES ('{name}')"
+        with pytest.raises((IntegrityError, sqlite3.IntegrityError)):
+            if at_the_driver:
+                await (await raw_of(work.session)).execute(statement)
+            else:
+                await work.session.execute(text(statement))
+        raise StumbleError
 
     # These write first: otherwise most programs would have nothing to end.
 
@@ -477,17 +479,14 @@ class Programs(RuleBasedStateMachine):
 
 
 async def open_connect(file: Path) -> DBConnect:
-    connect = make_connect(f"sqlite+aiosqlite:///{file}")
+    connect: DBConnect = DBConnect.from_url(f"sqlite:///{file}")
     await connect.session_maker()
     assert connect.engine is not None
-    # https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#serializable-isolation-savepoints-transactional-ddl
     event.listen(connect.engine.sync_engine, "connect", _prepare)
-    event.listen(connect.engine.sync_engine, "begin", lambda c: c.exec_driver_sql("BEGIN"))
     return connect
 
 
 def _prepare(connection: Any, _: object) -> None:
-    connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous = OFF")  # nothing here has to survive a power failure
     cursor.execute("PRAGMA busy_timeout = 0")  # nothing should have to wait for a lock

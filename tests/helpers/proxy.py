@@ -23,7 +23,7 @@ _ENDS_OF_REPLY = (b"Z", b"T", b"n")  # ReadyForQuery; RowDescription, NoData aft
 class Fault(Enum):
     """How a round trip fails."""
 
-    ERROR = "the server answers with an error, and has done nothing"
+    ERROR = "the server answers with an error: nothing is done, and its transaction has failed"
     LOST_BEFORE = "the connection is lost before the server has heard of it"
     LOST_AFTER = "the connection is lost after the server has done it"
 
@@ -119,10 +119,10 @@ class _Connection:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            server_writer.transport.abort()  # first: this may be cancelled while it waits
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            server_writer.transport.abort()
 
     async def _read_startup(self) -> bytes:
         length = await self._client_reader.readexactly(4)
@@ -184,6 +184,9 @@ class _Connection:
     ) -> None:
         fields = b"SERROR\0VERROR\0C40001\0Minjected\0\0"
         self._client_writer.write(b"E" + struct.pack("!I", len(fields) + 4) + fields)
+        if not statement.startswith(("BEGIN", "COMMIT", "ROLLBACK")):
+            # The transaction has to fail there, too.
+            self._run_unseen(b"SELECT 1 / 0", server)
         if flushed:
             return
         status = b"E"
@@ -191,10 +194,13 @@ class _Connection:
             status = b"I"
         if statement.startswith("COMMIT"):
             # The server has to roll back, as after a constraint that fails at COMMIT.
-            self._swallows = True
-            rollback = b"ROLLBACK\0"
-            server.write(b"Q" + struct.pack("!I", len(rollback) + 4) + rollback)
+            self._run_unseen(b"ROLLBACK", server)
         self._client_writer.write(b"Z" + struct.pack("!I", 5) + status)
+
+    def _run_unseen(self, statement: bytes, server: asyncio.StreamWriter) -> None:
+        self._swallows = True
+        message = statement + b"\0"
+        server.write(b"Q" + struct.pack("!I", len(message) + 4) + message)
 
 
 def _code_of(startup: bytes) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -29,7 +29,7 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from tests.helpers.asgi import add, app_of, call, respond
 from tests.helpers.connections import connections_out
-from tests.helpers.database import Database, assert_clean
+from tests.helpers.database import Database, assert_clean, make_connect
 from tests.helpers.models import Item
 from tests.helpers.serving import http_client
 
@@ -152,6 +152,54 @@ async def test_two_tasks_that_use_one_session_at_once_are_told_what_to_do(
     assert HINT in told(error)
     await assert_clean(connect, database)
     assert await database.names() == []
+
+
+async def in_a_group(*awaitables: Coroutine[Any, Any, Any]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for awaitable in awaitables:
+            group.create_task(awaitable)
+
+
+# Cancelled while it connects, aiosqlite leaves its connection to the garbage collector.
+@pytest.mark.parametrize(
+    ("driver", "together"),
+    [
+        *(("asyncpg", asyncio.gather), ("psycopg", asyncio.gather), ("sqlite", asyncio.gather)),
+        *(("asyncpg", in_a_group), ("psycopg", in_a_group)),
+    ],
+)
+@pytest.mark.parametrize("is_request", [True, False])
+async def test_two_tasks_that_use_a_session_first_get_one_error_and_no_log(
+    database_url: URL,
+    database: Database,
+    sqlite_connect: DBConnect,
+    caplog: pytest.LogCaptureFixture,
+    driver: str,
+    together: Callable[..., Awaitable[Any]],
+    is_request: bool,
+) -> None:
+    connect = make_connect(database_url.set(drivername=f"postgresql+{driver}"))
+    if driver == "sqlite":
+        connect = sqlite_connect
+    await connect.close()  # so that no connection is open
+
+    async def handler(_: Scope) -> int:
+        await together(add(connect, "a"), add(connect, "b"))
+        return 200
+
+    async def block() -> None:
+        async with new_db_session_ctx():
+            await handler({})
+
+    error = await outcome(call(app_of(handler)) if is_request else block())
+
+    assert HINT in told(error)
+    assert [record.getMessage() for record in caplog.records] == []
+    await assert_clean(connect, database)
+    assert await database.names() == []
+    async with new_db_session_ctx():
+        await add(connect, "after")
+    await connect.close()
 
 
 async def test_a_session_kept_after_its_request_is_refused(

@@ -1,0 +1,33 @@
+"""What a response rolls back is said, to those who look for their rows."""
+
+import logging
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.release import connections_of
+from context_async_sqlalchemy._engine.written import rows_written
+from context_async_sqlalchemy._unit.context import DBSessionContext
+
+
+def tell_of_lost_work(context: DBSessionContext, status: int) -> None:
+    """Log, at INFO, what the response with this status is about to roll back, if it is anything."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    sessions = context.in_transaction()
+    rows = sum(rows_written(c) for session in sessions for c in connections_of(session))
+    objects = sum(map(_unflushed, sessions))
+    if rows or objects:
+        logger.info(
+            "The response %s rolls back what its request has written (%s): rows: %s, objects that "
+            "were not flushed: %s",
+            status,
+            context.name,
+            rows,
+            objects,
+        )
+
+
+def _unflushed(session: AsyncSession) -> int:
+    modified = sum(map(session.is_modified, session.dirty))
+    return len(session.new) + modified + len(session.deleted)
