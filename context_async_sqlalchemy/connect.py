@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Generic, NoReturn, Self, Unpack
 
 from sqlalchemy import URL, Executable, Select, select
@@ -12,8 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
 from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
-from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
+from context_async_sqlalchemy._engine.engines import Engines
 from context_async_sqlalchemy._engine.from_url import creators_from_url
+from context_async_sqlalchemy._engine.host import SessionMaker
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
@@ -46,8 +48,8 @@ class DBConnect(Generic[SessionT_co]):
         session_maker_creator: Called with that engine; returns its `async_sessionmaker`. May be an
             async function.
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
-        before_create_session_handler: Awaited with this connect before each session is made; may
-            call `change_host`. Default None.
+        before_create_session_handler: Awaited with this connect before each session is made, which
+            is on the host that it sets (`change_host`), if any. Default None.
         leak_detection_threshold: Log a warning when the session of a context holds a connection for
             longer than this, in seconds. The warning names the request, and the line or the
             endpoint that asked for the session. Default None: do not watch.
@@ -160,11 +162,11 @@ class DBConnect(Generic[SessionT_co]):
     @property
     def host(self) -> str | None:
         """The host that new sessions talk to; None if none was given yet."""
-        return self._engines.host
+        return self._engines.host.read()
 
     @host.setter
     def host(self, host: str) -> None:
-        self._engines.host = check_host(host)
+        self._engines.host.set(check_host(host))
 
     @property
     def engine(self) -> AsyncEngine | None:
@@ -184,8 +186,7 @@ class DBConnect(Generic[SessionT_co]):
 
         Concurrent calls make one engine.
         """
-        if host != self.host:
-            await self._engines.switch(host, anew=False)
+        await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
         """Make an engine that belongs to the caller, who disposes of it; for migrations.
@@ -206,9 +207,9 @@ class DBConnect(Generic[SessionT_co]):
 
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
         """Run the handler, then return the sessionmaker, made on the first call."""
-        if self._before_create_session_handler is not None:
-            await self._before_create_session_handler(self)
-        return self._engines.session_maker_put_by_hand or (await self._engines.get()).session_maker
+        handler = self._before_create_session_handler
+        run = partial(handler, self) if handler is not None else None
+        return await self._engines.session_maker_after(run)
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.

@@ -5,14 +5,15 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy._engine.checks import check_callable, check_host
 from context_async_sqlalchemy._engine.guard import guard, retire
+from context_async_sqlalchemy._engine.host import Choice, Host, Opened, SessionMaker
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.one_connection import take_turns
@@ -22,15 +23,6 @@ from context_async_sqlalchemy._engine.shield import run_to_completion
 T = TypeVar("T")
 
 _MOMENT = 1.0  # seconds
-SessionMaker: TypeAlias = async_sessionmaker[Any]
-
-
-class Opened(NamedTuple):
-    """An engine, its sessionmaker, and the host they talk to."""
-
-    host: str | None
-    engine: AsyncEngine
-    session_maker: SessionMaker
 
 
 class _Place:
@@ -52,7 +44,7 @@ class Engines:
     ) -> None:
         check_callable("engine_creator", engine_creator)
         check_callable("session_maker_creator", session_maker_creator)
-        self.host = check_host(host) if host is not None else None
+        self.host = Host(host)
         self.needs_host = True  # to make an engine
         self.latest: Opened | None = None  # on any loop, until `close`
         self.put_by_hand: AsyncEngine | None = None  # closed with the others
@@ -66,21 +58,35 @@ class Engines:
 
     def anew(self) -> "Engines":
         """Return what makes engines in the same way, and has made none."""
-        engines = Engines(self._engine_creator, self._session_maker_creator, self.host)
+        engines = Engines(self._engine_creator, self._session_maker_creator, self.host.now)
         engines.needs_host = self.needs_host
         return engines
 
-    async def get(self) -> Opened:
-        """Return the engine of the running loop for the host, made if there is none."""
+    async def session_maker_after(
+        self, handler: Callable[[], Awaitable[None]] | None
+    ) -> SessionMaker:
+        """Run a handler, if there is one; return the sessionmaker for the host that it leaves."""
+        choice = await self.host.choose(handler) if handler is not None else None
+        return self.session_maker_put_by_hand or (await self.get(choice)).session_maker
+
+    async def get(self, choice: Choice | None = None) -> Opened:
+        """Return the engine of the running loop for the host, made if there is none.
+
+        The host is the one that a handler has chosen, if it has set one.
+        """
         place = self._places.here()
         if self._pinned is not None:
             return self._get_pinned(place)
-        if (opened := place.opened) is not None and opened.host == self.host:
+        if choice is not None and choice.opened is not None:
+            return choice.opened  # even if it is retired by now
+        # Another task may change it while this one waits.
+        host = (choice and choice.host) or self.host.now
+        if (opened := place.opened) is not None and opened.host == host:
             return opened
         async with place.lock:
             retiring: list[asyncio.Task[None]] = []
-            if (opened := place.opened) is None or opened.host != self.host:
-                opened = await self._make(self.host)
+            if (opened := place.opened) is None or opened.host != host:
+                opened = await self._make(host)
                 retiring = self._put(place, opened)
         await _wait_a_moment(retiring)
         return opened
@@ -98,18 +104,17 @@ class Engines:
             self.put_by_hand = engine
 
     async def switch(self, host: str, *, anew: bool) -> None:
-        """Talk to `host` from now on, with a new engine even if it is the host already."""
+        """Talk to `host` from now on; with `anew`, with a new engine even if it is the host."""
         check_host(host)
-        if self._pinned is not None:
-            self.host = host
-            return
         place = self._places.here()
+        if self._pinned is not None or (host == self.host.now and not anew):
+            self.host.set(host, place.opened)
+            return
         async with place.lock:
             retiring: list[asyncio.Task[None]] = []
-            if anew or host != self.host:
-                opened = await self._make(host)
-                self.host = host
-                retiring = self._put(place, opened)
+            if anew or host != self.host.now:
+                retiring = self._put(place, await self._make(host))
+            self.host.set(host, place.opened)
         await _wait_a_moment(retiring)
 
     async def close(self) -> None:
