@@ -62,6 +62,12 @@ def connections_of(session: AsyncSession) -> list[Connection]:
     return private_names.connections_of(transaction) if transaction is not None else []
 
 
+async def invalidate(connection: Connection) -> None:
+    """Close the connection of the driver, and let nobody use it again."""
+    # Outside of a greenlet SQLAlchemy leaves the closing of psycopg's to the garbage collector.
+    await private_names.greenlet_spawn(connection.invalidate)
+
+
 async def _release_each(
     sessions: Sequence[AsyncSession], what: Literal["roll back", "close"]
 ) -> None:
@@ -104,7 +110,7 @@ async def _discard(session: AsyncSession, connections: list[Connection]) -> None
         for connection in connections:
             # SQLAlchemy loses the connection of a session if the ROLLBACK in its close() fails.
             if not connection.closed:
-                connection.invalidate()
+                await invalidate(connection)
                 connection.close()
     except Exception as error:
         # A task is taking a connection: until it has it, SQLAlchemy refuses to invalidate.

@@ -10,7 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.options import SessionT
-from context_async_sqlalchemy._engine.release import connections_of, rollback_sessions
+from context_async_sqlalchemy._engine.release import (
+    connections_of,
+    invalidate,
+    rollback_sessions,
+)
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._unit.sessions import db_session
 from context_async_sqlalchemy._unit.settle import commit_session
@@ -111,4 +115,4 @@ async def _rollback(session: AsyncSession, savepoint: AsyncSessionTransaction) -
         logger.exception("A savepoint failed to roll back; its connection is discarded")
         # Otherwise a commit of the transaction around it would store what was to be undone.
         for connection in connections:
-            connection.invalidate()
+            await invalidate(connection)
