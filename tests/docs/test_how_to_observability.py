@@ -13,13 +13,18 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from fastapi import BackgroundTasks, FastAPI
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.helpers.programs import until
+from context_async_sqlalchemy import DBConnect
+from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from tests.helpers.asgi import add
+from tests.helpers.models import Item
+from tests.helpers.programs import ROOT, until
 from tests.helpers.serving import http_client
 
 NAME = "examples.how_to.observability"
@@ -166,3 +171,38 @@ def test_every_loop_has_an_engine_that_is_instrumented(program: Any, traces: Tra
 
     asyncio.run(request())
     asyncio.run(request())
+
+
+PAGE = ROOT / "docs/how-to/observability.md"
+
+
+async def test_the_log_of_the_page_is_what_the_library_says(
+    connect: DBConnect, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = FastAPI()
+    add_fastapi_http_db_session_middleware(app)
+
+    @app.post("/orders", status_code=409)
+    async def refuse() -> None:
+        (await add(connect, "a", "b", "c")).add(Item(name="d"))
+
+    async def write() -> None:
+        await add(connect, "e")
+
+    async def stumble() -> None:
+        raise ValueError
+
+    @app.post("/late")
+    async def do_later(tasks: BackgroundTasks) -> None:
+        tasks.add_task(write)
+        tasks.add_task(stumble)
+
+    caplog.set_level(logging.INFO, "context_async_sqlalchemy")
+    async with http_client(app, log_level="critical") as client:
+        await client.post("/orders?token=1")
+        await client.post("/late")
+    page = " ".join(PAGE.read_text().split())
+    messages = [r.getMessage() for r in caplog.records if r.name == "context_async_sqlalchemy"]
+    assert len(messages) == 2
+    for message in messages:
+        assert message.replace("/late", "/orders") in page
