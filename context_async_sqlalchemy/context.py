@@ -13,6 +13,7 @@ from context_async_sqlalchemy._unit.context import (
     current_context,
     open_context,
 )
+from context_async_sqlalchemy._unit.session_block import leave_open
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.exceptions import (
     ContextAlreadyInitiatedError as ContextAlreadyInitiatedError,
@@ -95,7 +96,9 @@ def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None
     """
     if isinstance(session, Session):
         raise TypeError("a context holds AsyncSession objects, not sync Session ones")
-    current_context().put(connect.context_key, session)
+    context = current_context()
+    context.put(connect.context_key, session)
+    leave_open(session, context)
 
 
 def pop_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None:

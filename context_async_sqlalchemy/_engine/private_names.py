@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool, StaticPool
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -145,6 +146,12 @@ class _TellsOfCommit:
 
 
 _telling: dict[type, type] = {}
+
+
+def replace_class(session: AsyncSession, cls: type[AsyncSession]) -> None:
+    """Let a session be one of `cls`, a subclass of its class with other methods."""
+    # Nothing that is set on the object itself changes what `async with` calls.
+    session.__class__ = cls
 
 
 def replace_get_bind(session: Session, get_bind: Callable[..., NoReturn]) -> None:

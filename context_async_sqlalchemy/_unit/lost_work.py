@@ -15,8 +15,7 @@ def tell_of_lost_work(context: DBSessionContext, status: int) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
     sessions = context.in_transaction()
-    rows = sum(rows_written(c) for session in sessions for c in connections_of(session))
-    objects = sum(map(_unflushed, sessions))
+    rows, objects = (sum(counts) for counts in zip((0, 0), *map(written, sessions), strict=True))
     if rows or objects:
         logger.info(
             "The response %s rolls back what its request has written (%s): rows: %s, objects that "
@@ -28,6 +27,8 @@ def tell_of_lost_work(context: DBSessionContext, status: int) -> None:
         )
 
 
-def _unflushed(session: AsyncSession) -> int:
+def written(session: AsyncSession) -> tuple[int, int]:
+    """Return how many rows and unflushed objects a rollback would undo, as far as it is known."""
+    rows = sum(map(rows_written, connections_of(session)))
     modified = sum(map(session.is_modified, session.dirty))
-    return len(session.new) + modified + len(session.deleted)
+    return rows, len(session.new) + modified + len(session.deleted)

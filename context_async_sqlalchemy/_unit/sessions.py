@@ -10,6 +10,7 @@ from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.written import count_written
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
+from context_async_sqlalchemy._unit.session_block import leave_open
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.exceptions import ContextClosedError
 
@@ -74,6 +75,7 @@ async def create_session(
             detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
         count_written(real_session(session))
         context.put(key, session, is_made=True)
+        leave_open(session, context)
         return session
 
 
