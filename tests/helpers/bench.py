@@ -92,6 +92,13 @@ class Bench:
                     await engine.dispose()
                 self._engines.clear()
 
+    async def close_idle(self, connects: Connects) -> None:
+        """Close the connections that are in the pools."""
+        for engine in (connects[0].engine, connects[1].engine, *self._engines):
+            assert engine is not None
+            await engine.dispose()
+        self.calls.clear()
+
     async def open(self, stack: AsyncExitStack) -> Connects:
         """Make the connects; what `stack` is given ends with them."""
         raise NotImplementedError
