@@ -131,6 +131,24 @@ async def test_a_commit_that_was_a_rollback_is_told(connect: DBConnect) -> None:
     private_names.let_commit_tell(object())
 
 
+async def test_a_session_may_be_of_a_subclass_with_another_block(connect: DBConnect) -> None:
+    class Session(AsyncSession):
+        __slots__ = ()
+
+        async def __aexit__(self, *_: object) -> None:
+            seen.append(self)
+
+    seen: list[AsyncSession] = []
+    session: AsyncSession = await connect.create_session()
+    private_names.replace_class(session, Session)
+    async with session as same:
+        await session.execute(select(1))
+    assert seen == [session]
+    assert same is session
+    assert session.in_transaction()
+    await session.close()
+
+
 async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) -> None:
     async with new_non_ctx_session(any_connect) as session:
         await session.begin()
