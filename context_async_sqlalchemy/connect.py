@@ -208,8 +208,7 @@ class DBConnect(Generic[SessionT_co]):
     async def session_maker(self) -> async_sessionmaker[SessionT_co]:
         """Run the handler, then return the sessionmaker, made on the first call."""
         handler = self._before_create_session_handler
-        run = partial(handler, self) if handler is not None else None
-        return await self._engines.session_maker_after(run)
+        return await self._engines.session_maker_after(handler and partial(handler, self))
 
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.
@@ -283,7 +282,6 @@ class DBConnect(Generic[SessionT_co]):
             await close_sessions([real])
 
     # Not public, but users' code reads and sets them.
-
     @property
     def _engine(self) -> AsyncEngine | None:
         return self._engines.put_by_hand or self._engines.here()

@@ -2,6 +2,7 @@
 
 from types import TracebackType, new_class
 from typing import NamedTuple
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import SessionTransaction
@@ -32,13 +33,13 @@ def leave_open(session: AsyncSession, context: DBSessionContext) -> None:
         if cls not in _classes:
             _classes[cls] = _with_own_block(cls)
         replace_class(session, _classes[cls])
-    session.info[_BLOCKS] = _Blocks(context, [])
+    session.info[_BLOCKS] = _Blocks(ref(context), [])  # a session may outlive it
 
 
 class _Blocks(NamedTuple):
     """The blocks that have begun around a session since its context has it."""
 
-    context: DBSessionContext
+    context: ref[DBSessionContext]
     after: list[SessionTransaction | None]  # for each, the transaction that had written before it
 
 
@@ -55,7 +56,8 @@ async def _exit(
     traceback: TracebackType | None,
 ) -> None:
     blocks: _Blocks = session.info[_BLOCKS]
-    if not (blocks.after and session in blocks.context.sessions):
+    context = blocks.context()
+    if not blocks.after or context is None or session not in context.sessions:
         await _EXIT(session, type_, error, traceback)
         return
     after = blocks.after.pop()
@@ -68,7 +70,7 @@ async def _exit(
             "had written before the block, too (%s). To undo the block alone, use "
             "'async with session.begin_nested():'.",
             type(error).__name__,
-            blocks.context.name,
+            context.name,
         )
     await rollback_sessions([session])
 

@@ -131,6 +131,16 @@ async def test_a_commit_that_was_a_rollback_is_told(connect: DBConnect) -> None:
     private_names.let_commit_tell(object())
 
 
+async def test_a_session_gets_a_subclass_of_its_own() -> None:
+    class Own(AsyncSession):
+        pass
+
+    session = AsyncSession()
+    private_names.replace_class(session, Own)
+    assert type(session) is Own
+    await session.close()
+
+
 async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) -> None:
     async with new_non_ctx_session(any_connect) as session:
         await session.begin()
