@@ -41,6 +41,8 @@ def mariadb() -> Generator[URL]:
             ],
             check=True,
             capture_output=True,
+            # Two of them at a time would find each other's temporary tables.
+            env=os.environ | {"TMPDIR": directory},
         )
         log = Path(directory) / "log"
         with log.open("wb") as output:

@@ -32,7 +32,7 @@ from tests.helpers.asgi import add
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
 from tests.helpers.failures import Failing
-from tests.helpers.late_start import LATE
+from tests.helpers.late_start import LATE, Holding, Spawning
 from tests.helpers.models import Seat
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -74,12 +74,18 @@ def pure_asgi(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> ASG
     return ASGIHTTPDBSessionMiddleware(inner, **options)
 
 
-every_kind = pytest.mark.parametrize("make", [starlette, starlette_with_a_list, fastapi, pure_asgi])
-every_middleware = pytest.mark.parametrize(
-    "middlewares",
-    [[], *([middleware] for middleware in LATE), LATE],
-    ids=lambda middlewares: "-".join(m.__name__ for m in middlewares) or "none",
-)
+def _cases() -> list[Any]:
+    each: list[list[Any]] = [[], *([middleware] for middleware in LATE), LATE]
+    pairs: list[tuple[MakeApp, list[Any]]] = [(starlette, middlewares) for middlewares in each]
+    for make in (starlette_with_a_list, fastapi, pure_asgi):
+        pairs += [(make, middlewares) for middlewares in ([Holding], [Spawning], LATE)]
+    return [
+        pytest.param(make, middlewares, id="-".join(m.__name__ for m in (make, *middlewares)))
+        for make, middlewares in pairs
+    ]
+
+
+every_case = pytest.mark.parametrize(("make", "middlewares"), _cases())
 
 
 async def get(app: Any, *, raises: bool = False) -> httpx.Response:
@@ -88,8 +94,7 @@ async def get(app: Any, *, raises: bool = False) -> httpx.Response:
         return await client.get("/")
 
 
-@every_kind
-@every_middleware
+@every_case
 @pytest.mark.parametrize("knows_length", [False, True])
 async def test_a_cursor_that_the_body_has_opened_is_read_to_its_end(
     connect: DBConnect, make: MakeApp, middlewares: list[Any], knows_length: bool
@@ -112,8 +117,7 @@ async def test_a_cursor_that_the_body_has_opened_is_read_to_its_end(
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_what_the_handler_did_is_committed_before_its_body_begins(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -137,8 +141,7 @@ async def test_what_the_handler_did_is_committed_before_its_body_begins(
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 @pytest.mark.parametrize("yields_first", [False, True])
 async def test_what_a_body_did_that_fails_is_rolled_back_whole(
     connect: DBConnect,
@@ -165,8 +168,7 @@ async def test_what_a_body_did_that_fails_is_rolled_back_whole(
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_handler_that_refuses_is_rolled_back_and_its_body_is_not(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -184,8 +186,7 @@ async def test_a_handler_that_refuses_is_rolled_back_and_its_body_is_not(
     assert await database.names() == ["b", "c"]
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_commit_of_the_handler_that_fails_is_answered_with_an_error(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -202,8 +203,7 @@ async def test_a_commit_of_the_handler_that_fails_is_answered_with_an_error(
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_commit_of_the_body_that_fails_is_no_success(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -221,8 +221,7 @@ async def test_a_commit_of_the_body_that_fails_is_no_success(
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_response_that_is_not_streamed_goes_by_its_status(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -238,8 +237,7 @@ async def test_a_response_that_is_not_streamed_goes_by_its_status(
     assert await database.names() == ["a status=201", "a status=303"]
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_cursor_of_the_handler_is_read_if_the_commit_comes_after_the_response(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -259,8 +257,7 @@ async def test_a_cursor_of_the_handler_is_read_if_the_commit_comes_after_the_res
     assert connections_out(connect) == 0
 
 
-@every_kind
-@every_middleware
+@every_case
 async def test_a_background_task_has_a_transaction_of_its_own(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
@@ -285,8 +282,7 @@ async def test_a_background_task_has_a_transaction_of_its_own(
 
 
 @pytest.mark.usefixtures("no_pauses")
-@every_kind
-@every_middleware
+@every_case
 async def test_a_commit_of_the_handler_that_loses_a_race_is_tried_again(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
