@@ -282,7 +282,6 @@ class DBConnect(Generic[SessionT_co]):
             await close_sessions([real])
 
     # Not public, but users' code reads and sets them.
-
     @property
     def _engine(self) -> AsyncEngine | None:
         return self._engines.put_by_hand or self._engines.here()

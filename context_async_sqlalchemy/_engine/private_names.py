@@ -132,7 +132,7 @@ def let_commit_tell(driver_connection: Any) -> None:
             _telling[cls] = new_class(
                 cls.__name__, (_TellsOfCommit, cls), exec_body=lambda ns: ns.update(namespace)
             )
-        driver_connection.__class__ = _telling[cls]
+        replace_class(driver_connection, _telling[cls])
 
 
 class _TellsOfCommit:

@@ -177,7 +177,7 @@ class _ContextOnDemand(DBSessionContext):
 
     def enter(self) -> None:
         super().enter()
-        # A route class, or a middleware of the router, may call the endpoint in a task of its own.
+        # A middleware of the router, or a route class, may call the endpoint in a task of its own.
         # The variable of that task ends with it, and only there could it be restored.
         if asyncio.current_task() is not self._task:
             self.token = None

@@ -68,7 +68,7 @@ def test_what_is_replaced_is_listed() -> None:
         for target in node.targets
         if isinstance(target, ast.Attribute)
     }
-    for name in ("do_commit", "do_close", "get_bind", "run_endpoint_function", "dbapi_connection"):
+    for name in ("do_commit", "do_close", "get_bind", "__call__", "dbapi_connection"):
         assert any(target.endswith(f".{name}") for target in replaced)
         assert f"{name}`" in PAGE
     assert len(FOREIGN) >= 6

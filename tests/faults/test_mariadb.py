@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -25,6 +26,7 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
+    roll_back_this_request,
 )
 from context_async_sqlalchemy.asgi_types import Scope
 from tests.helpers.asgi import add, app_of, call, http_scope
@@ -79,6 +81,28 @@ async def test_a_success_is_stored_and_a_refusal_is_not(connect: DBConnect) -> N
     with pytest.raises(IntegrityError):
         await call(app, http_scope("/a"))
     assert await names(connect) == ["/a", "/c"]
+
+
+@pytest.mark.parametrize(("isolation_level", "rows"), [(None, 2), ("AUTOCOMMIT", None)])
+async def test_a_request_that_marks_itself_is_rolled_back_and_its_rows_are_told_of(
+    connect: DBConnect,
+    caplog: pytest.LogCaptureFixture,
+    isolation_level: Any,
+    rows: int | None,
+) -> None:
+    caplog.set_level(logging.INFO, "context_async_sqlalchemy")
+
+    async def handler(_: Scope) -> int:
+        session = await db_session(connect)
+        if isolation_level:
+            await session.connection(execution_options={"isolation_level": isolation_level})
+        await add(connect, "a", "b")
+        roll_back_this_request()
+        return 200
+
+    await call(app_of(handler))
+    assert await names(connect) == ([] if rows else ["a", "b"])
+    assert ("rows: 2," in caplog.text) is bool(rows)
 
 
 async def test_a_savepoint_fails_alone(connect: DBConnect) -> None:
@@ -229,17 +253,20 @@ async def deadlock(connect: DBConnect) -> AsyncGenerator[None]:
         try:
             async with asyncio.timeout(30):
                 while await observer.scalar(IS_WAITING) is None:
-                    await observer.rollback()  # it would see what it has seen
+                    await asyncio.sleep(0.11)  # InnoDB keeps what it has told for 0.1 s
             yield
         finally:
-            await waiting
+            await asyncio.wait([waiting])
             await other.rollback()
+    assert waiting.exception() is None, "the other one has lost"
 
 
 async def lose_a_deadlock(connect: DBConnect, session: AsyncSession) -> None:
     """Fail in a transaction that has locked row 1."""
     async with deadlock(connect):
-        await session.execute(MARK, {"number": 2})
+        with pytest.raises(DBAPIError) as caught:
+            await session.execute(MARK, {"number": 2})
+    raise caught.value
 
 
 @pytest_asyncio.fixture

@@ -16,9 +16,10 @@ from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.routing import Router
 
-from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy import ContextNotInitiatedError, DBConnect, db_session
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from tests.helpers.asgi import add
 from tests.helpers.connections import connections_out
@@ -44,8 +45,6 @@ class Swapping(APIRoute):
                         return await original(request)
                     except Exception:
                         return JSONResponse({}, 400)
-                case "task":
-                    return await asyncio.create_task(original(request))
             return await original(request)
 
         return handle
@@ -189,7 +188,6 @@ def instrument(app: FastAPI) -> None:
         ("/sync-refused", 404, False),
         ("/commit-fails", 500, False),
         ("/swapped?handle=", 201, True),
-        ("/swapped?handle=task", 201, True),
         ("/swapped?handle=swap", 409, False),
         ("/swapped-error?handle=catch", 400, False),
         ("/swapped-commit-fails?handle=catch", 500, False),
@@ -254,6 +252,26 @@ async def test_a_replaced_endpoint_is_no_reason_to_take_a_failure_for_a_success(
         assert (await client.post("/refuse")).status_code == 404
         assert (await client.post("/duplicate")).status_code == 500
     assert (await database.names(), await database.seats()) == ([], [2])
+
+
+async def test_a_middleware_of_the_router_may_call_the_endpoint_in_a_task_of_its_own(
+    connect: DBConnect, database: Database
+) -> None:
+    app = make_app(connect)
+
+    async def dispatch(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    app.router.middleware_stack = BaseHTTPMiddleware(app.router.middleware_stack, dispatch)
+    # It raises what the application raises after the response.
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.post("/refused")).status_code == 404
+        assert (await client.post("/plain")).status_code == 201
+        assert connections_out(connect) == 0
+    with pytest.raises(ContextNotInitiatedError):
+        await db_session(connect)
+    assert await database.names() == ["a"]
 
 
 async def test_a_decorated_endpoint_is_settled_by_what_the_decorator_returns(

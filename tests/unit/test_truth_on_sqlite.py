@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import sqlalchemy
 from sqlalchemy import insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -22,11 +24,14 @@ from sqlalchemy.ext.asyncio import (
 from context_async_sqlalchemy import (
     DBConnect,
     atomic_db_session,
+    close_db_session,
+    commit_db_session,
     db_session,
     new_db_session_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     retry_on_transient_error,
+    rollback_db_session,
 )
 from context_async_sqlalchemy.asgi_types import Scope
 from tests.helpers.asgi import add, app_of, call
@@ -226,6 +231,30 @@ async def test_a_transaction_that_sqlite_has_ended_may_be_rolled_back(connect: D
         with suppress(IntegrityError):
             await insert_or_roll_back(session)
         await session.rollback()
+        await add(connect, "after")
+    assert await names(connect) == ["after"]
+
+
+@pytest.mark.parametrize("fail", [insert_or_roll_back, insert_or_roll_back_at_the_driver])
+@pytest.mark.parametrize("end", [None, commit_db_session, rollback_db_session])
+async def test_a_session_whose_savepoints_sqlite_has_ended_may_be_closed(
+    connect: DBConnect, fail: Failure, end: Any
+) -> None:
+    if end is None and sqlalchemy.__version__ < "2.1":
+        pytest.skip("before 2.1, SQLAlchemy does not let go of a session that fails to close")
+    async with new_db_session_ctx():
+        session = await add(connect, "before")
+        for _ in range(2):
+            await session.begin_nested()
+        with suppress(IntegrityError, sqlite3.IntegrityError):
+            await fail(session)
+        if end is not None:
+            # SQLAlchemy ends its savepoints, one by one, and is told that they are gone.
+            with suppress(SQLAlchemyError):
+                await end(connect)
+        await close_db_session(connect)
+        assert not session.in_transaction()
+        assert connections_out(connect) == 0
         await add(connect, "after")
     assert await names(connect) == ["after"]
 
