@@ -13,9 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import password_of, real_session
 from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
-from context_async_sqlalchemy._engine.engines import Engines
+from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
 from context_async_sqlalchemy._engine.from_url import creators_from_url
-from context_async_sqlalchemy._engine.host import SessionMaker
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
@@ -49,7 +48,8 @@ class DBConnect(Generic[SessionT_co]):
             async function.
         host: The host to talk to. Default None: `before_create_session_handler` sets it.
         before_create_session_handler: Awaited with this connect before each session is made, which
-            is on the host that it sets (`change_host`), if any. Default None.
+            is on the host that it sets (`change_host`), or else reads. It is awaited again if
+            another task changes a host that it has only read. Default None.
         leak_detection_threshold: Log a warning when the session of a context holds a connection for
             longer than this, in seconds. The warning names the request, and the line or the
             endpoint that asked for the session. Default None: do not watch.

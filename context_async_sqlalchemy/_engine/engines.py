@@ -5,15 +5,15 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy._engine.checks import check_callable, check_host
 from context_async_sqlalchemy._engine.guard import guard, retire
-from context_async_sqlalchemy._engine.host import Choice, Host, Opened, SessionMaker
+from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.one_connection import take_turns
@@ -23,6 +23,15 @@ from context_async_sqlalchemy._engine.shield import run_to_completion
 T = TypeVar("T")
 
 _MOMENT = 1.0  # seconds
+SessionMaker: TypeAlias = async_sessionmaker[Any]
+
+
+class Opened(NamedTuple):
+    """An engine, its sessionmaker, and the host they talk to."""
+
+    host: str | None
+    engine: AsyncEngine
+    session_maker: SessionMaker
 
 
 class _Place:
@@ -66,25 +75,22 @@ class Engines:
         self, handler: Callable[[], Awaitable[None]] | None
     ) -> SessionMaker:
         """Run a handler, if there is one; return the sessionmaker for the host that it leaves."""
-        choice = await self.host.choose(handler) if handler is not None else None
-        return self.session_maker_put_by_hand or (await self.get(choice)).session_maker
+        chosen = await self.host.chosen_by(handler) if handler is not None else None
+        return self.session_maker_put_by_hand or (await self.get(chosen)).session_maker
 
-    async def get(self, choice: Choice | None = None) -> Opened:
+    async def get(self, chosen: str | None = None) -> Opened:
         """Return the engine of the running loop for the host, made if there is none.
 
-        The host is the one that a handler has chosen, if it has set one.
+        If a handler has chosen a host, it is for that, even if the host is another by now.
         """
         place = self._places.here()
         if self._pinned is not None:
             return self._get_pinned(place)
-        if choice is not None and choice.opened is not None:
-            return choice.opened  # even if it is retired by now
-        # Another task may change it while this one waits.
-        host = (choice and choice.host) or self.host.now
-        if (opened := place.opened) is not None and opened.host == host:
+        if (opened := place.opened) is not None and opened.host == (chosen or self.host.now):
             return opened
         async with place.lock:
             retiring: list[asyncio.Task[None]] = []
+            host = chosen or self.host.now
             if (opened := place.opened) is None or opened.host != host:
                 opened = await self._make(host)
                 retiring = self._put(place, opened)
@@ -108,13 +114,13 @@ class Engines:
         check_host(host)
         place = self._places.here()
         if self._pinned is not None or (host == self.host.now and not anew):
-            self.host.set(host, place.opened)
+            self.host.set(host)
             return
         async with place.lock:
             retiring: list[asyncio.Task[None]] = []
             if anew or host != self.host.now:
                 retiring = self._put(place, await self._make(host))
-            self.host.set(host, place.opened)
+            self.host.set(host)
         await _wait_a_moment(retiring)
 
     async def close(self) -> None:

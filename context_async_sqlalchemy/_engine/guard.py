@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from weakref import ref
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -15,6 +16,7 @@ from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
     in_greenlet,
+    pool_of,
     replace_close,
 )
 
@@ -60,6 +62,7 @@ class _Guard:
 
     def __init__(self, engine: Engine) -> None:
         self.users = 0  # with none left, a connection that comes back is closed
+        self._engine = ref(engine)
         self._dialect = engine.dialect
         self._do_close = engine.dialect.do_close
         self._closing: set[asyncio.Task[None]] = set()
@@ -90,5 +93,7 @@ class _Guard:
             logger.warning("A connection failed to close", exc_info=True)
 
     def _on_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-        if not self.users:
+        engine = self._engine()
+        # Retired and in use again, an engine has another pool, and nobody looks into the first one.
+        if not self.users or (engine is not None and pool_of(entry) is not engine.pool):
             entry.close()

@@ -82,6 +82,11 @@ def has_failed_to_begin(driver_connection: object) -> bool:
     return getattr(driver_connection, "_top_xact", None) is not None
 
 
+def pool_of(entry: ConnectionPoolEntry) -> Pool:
+    """Return the pool to which a connection comes back."""
+    return entry._ConnectionRecord__pool  # type: ignore[attr-defined,no-any-return]
+
+
 def max_overflow(pool: QueuePool) -> int:
     """Return how many connections a pool opens beyond its size; below 0, there is no limit."""
     return pool._max_overflow

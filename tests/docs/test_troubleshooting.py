@@ -133,12 +133,20 @@ async def loop_in_a_thread(connect: DBConnect) -> None:
     await call(app_of(handler))
 
 
+async def transaction_in_a_transaction(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        session = await add(connect, "a")
+        async with session.begin():
+            await add(connect, "b")
+
+
 PROVOCATIONS: dict[str, Callable[[DBConnect], Awaitable[None]]] = {
     "ContextNotInitiatedError": no_context,
     "ContextClosedError": task_that_outlives,
     "ContextAlreadyInitiatedError": context_in_a_context,
     "MissingGreenlet": read_after_rollback,
     "Two tasks use one session": queries_at_once,
+    "A transaction is already begun": transaction_in_a_transaction,
     "PendingRollbackError at the commit": swallowed_error,
     "QueuePool limit": full_pool,
     "CommitOutcomeUnknownError": lost_at_commit,

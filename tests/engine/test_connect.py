@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, text
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from tests.helpers.connections import connections_out
@@ -126,6 +127,28 @@ async def test_a_session_in_flight_leaves_no_connection_after_close(
         await connect.close()
         assert await database.connections() == 1
     await database.is_left_by_all()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_creator_that_keeps_its_engines_leaves_no_connection(
+    driver: str, database_url: URL, database: Database
+) -> None:
+    engines: dict[str, AsyncEngine] = {}
+
+    def keep(host: str) -> AsyncEngine:
+        url = database_url.set(drivername=f"postgresql+{driver}", host=host)
+        return engines.setdefault(host, create_async_engine(url))
+
+    connect = DBConnect(keep, async_sessionmaker, "127.0.0.1")
+    for end in "localhost", "127.0.0.1":
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text("SELECT 1"))
+            await connect.change_host("localhost")
+            await connect.change_host(end)
+        # Its connection came back to a pool that its engine, used again or not, has replaced.
+        await database.is_left_by_all()
+        await connect.change_host("127.0.0.1")
+    await connect.close()
 
 
 async def test_a_cancelled_change_of_hosts_leaves_no_connection(

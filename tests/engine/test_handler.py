@@ -160,6 +160,31 @@ async def test_what_a_handler_has_left_holds_while_an_engine_is_made(creators: C
     assert (await making).engine is creators.engines["a"][0]
 
 
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_host_that_a_handler_reads_holds_and_one_that_it_does_not_is_the_latest(
+    reads: bool, creators: Creators
+) -> None:
+    is_making, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def make_slowly(host: str) -> AsyncEngine:
+        is_making.set()
+        await may_go_on.wait()
+        return creators.engine(host)
+
+    async def look(connect: DBConnect) -> None:
+        assert not reads or connect.host == "a"
+
+    connect = DBConnect(make_slowly, creators.session_maker, "a", look)
+    changing = asyncio.create_task(connect.connect("b"))
+    await is_making.wait()
+    making: asyncio.Task[Any] = asyncio.create_task(connect.create_session())
+    await asyncio.sleep(0)  # it waits for the engine that is made now
+    may_go_on.set()
+    await changing
+    session = await making
+    assert session.engine is creators.engines["a" if reads else "b"][0]
+
+
 async def test_a_handler_that_sees_its_host_replaced_runs_again(creators: Creators) -> None:
     seen: list[str | None] = []
     looks, has_changed = asyncio.Event(), asyncio.Event()

@@ -15,10 +15,11 @@ import asyncpg
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
-from sqlalchemy import URL, NullPool, QueuePool, create_engine, event, select, text
+from sqlalchemy import URL, Engine, NullPool, QueuePool, create_engine, event, select, text
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
@@ -139,6 +140,27 @@ async def test_a_session_gets_a_subclass_of_its_own() -> None:
     private_names.replace_class(session, Own)
     assert type(session) is Own
     await session.close()
+
+
+async def test_the_pool_of_a_connection_is_known(any_connect: DBConnect) -> None:
+    pools: list[tuple[Any, Any]] = []
+    async with new_non_ctx_session(any_connect) as session:
+        engine = session.get_bind()
+        assert isinstance(engine, Engine)
+        replaced = engine.pool
+
+        @event.listens_for(engine, "checkin")
+        def look(_: object, entry: ConnectionPoolEntry) -> None:
+            pools.append((private_names.pool_of(entry), engine.pool))
+
+        await session.execute(select(1))
+        await session.commit()
+        await session.execute(select(1))
+        engine.dispose(close=False)
+        await session.commit()
+        replaced.dispose()
+    assert pools == [(replaced, replaced), (replaced, engine.pool)]
+    assert engine.pool is not replaced
 
 
 async def test_a_task_that_takes_a_connection_is_seen(any_connect: DBConnect) -> None:

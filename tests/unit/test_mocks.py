@@ -29,7 +29,7 @@ from context_async_sqlalchemy.fastapi_utils import (
 )
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
-from tests.helpers.mocks import connect_mock
+from tests.helpers.mocks import connect_mock, session_mock
 
 
 class Fake:
@@ -160,6 +160,17 @@ async def test_an_autospec_of_a_session_is_a_mock() -> None:
         assert given is session
     assert session.commit.await_count == 2
     await asyncio.sleep(0)
+
+
+async def test_a_block_around_a_mock_is_the_mocks_own() -> None:
+    session = session_mock()
+    block = type(session).__aexit__
+    connect: Any = Mock(context_key="key", create_session=AsyncMock(return_value=session))
+    async with new_db_session_ctx():
+        async with await db_session(connect) as given:
+            assert given is session.__aenter__.return_value
+        session.__aexit__.assert_awaited_once_with(None, None, None)
+    assert type(session).__aexit__ is block
 
 
 def test_only_a_password_that_is_text_can_be_hidden() -> None:

@@ -1,5 +1,6 @@
 """SQLModel's session, as the class of the sessionmaker."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, assert_type
 
@@ -114,3 +115,21 @@ async def test_a_relationship_is_loaded_with_its_query(tmp_path: Path) -> None:
             loaded = select(Team).options(selectinload(Team.members))  # type: ignore[arg-type]
             team = (await (await db_session(connect)).exec(loaded)).one()
             assert [member.name for member in team.members] == ["Rusty"]
+
+
+async def test_a_block_around_the_session_of_a_context_leaves_it_open(tmp_path: Path) -> None:
+    connect = DBConnect.from_url(
+        f"sqlite:///{tmp_path / 'heroes.db'}", session_options={"class_": AsyncSession}
+    )
+    async with connect:
+        async with new_db_session_ctx():
+            async with await db_session(connect) as session:
+                assert_type(session, AsyncSession)
+                await (await session.connection()).run_sync(SQLModel.metadata.create_all)
+                session.add(Hero(name="Deadpond"))
+            with suppress(KeyError):
+                async with atomic_db_session(connect) as session, session:
+                    session.add(Hero(name="Rusty-Man"))
+                    raise KeyError
+        async with new_db_session_ctx(), await db_session(connect) as session:
+            assert (await session.exec(select(Hero.name))).all() == ["Deadpond"]
