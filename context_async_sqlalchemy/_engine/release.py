@@ -106,12 +106,15 @@ def _close_at_once(session: AsyncSession) -> None:
 
 async def _discard(session: AsyncSession, connections: list[Connection]) -> None:
     try:
+        # First, so that the session sends nothing as it gives up its savepoints one by one: it
+        # would stop at the first that fails.
+        for connection in connections:
+            if not connection.closed:
+                await invalidate(connection)
         await session.invalidate()
         for connection in connections:
             # SQLAlchemy loses the connection of a session if the ROLLBACK in its close() fails.
-            if not connection.closed:
-                await invalidate(connection)
-                connection.close()
+            connection.close()
     except Exception as error:
         # A task is taking a connection: until it has it, SQLAlchemy refuses to invalidate.
         event.listen(session.sync_session, "after_begin", _refuse_connection)

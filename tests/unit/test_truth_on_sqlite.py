@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import sqlalchemy
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
@@ -240,8 +239,6 @@ async def test_a_transaction_that_sqlite_has_ended_may_be_rolled_back(connect: D
 async def test_a_session_whose_savepoints_sqlite_has_ended_may_be_closed(
     connect: DBConnect, fail: Failure, end: Any
 ) -> None:
-    if end is None and sqlalchemy.__version__ < "2.1":
-        pytest.skip("before 2.1, SQLAlchemy does not let go of a session that fails to close")
     async with new_db_session_ctx():
         session = await add(connect, "before")
         for _ in range(2):
