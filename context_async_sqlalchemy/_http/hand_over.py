@@ -20,24 +20,29 @@ class Recipient(Protocol):
         """Take the error with which the application has ended."""
 
 
-def see_hand_over(app: object) -> bool:
-    """Put a `HandOver` around the application inside the middleware `app`; return whether it is in.
+def see_hand_over(app: object) -> None:
+    """Put a `HandOver` around the application that is inside the middlewares of `app`.
 
-    It is not if `app` is an application of Starlette's that has not put its middleware together.
+    So for what a router of Starlette leads to: mounted applications, and routes with middlewares.
     """
     layer: Any = None
     inner: Any = app
-    while (layer_inside := _inside(inner)) is not None:
-        layer, inner = inner, layer_inside
+    routes: list[Any] = []
+    while (inside := _inside(inner)) is not None:
+        layer, inner = inner, inside
+        routes += vars(layer).get("routes", ())
     if layer is not None and not isinstance(inner, HandOver):
-        name = "app" if "app" in vars(layer) else "middleware_stack"
-        setattr(layer, name, HandOver(inner))
-    return "middleware_stack" not in getattr(inner, "__dict__", ())
+        setattr(layer, "app" if "app" in vars(layer) else "middleware_stack", HandOver(inner))
+        for route in routes:
+            see_hand_over(getattr(route, "app", None))
 
 
-def _inside(layer: object) -> Callable[..., Any] | None:
+def _inside(layer: Any) -> Callable[..., Any] | None:
     # Where middlewares keep what they go around; not by getattr(), to which a mock has an answer.
     attributes = getattr(layer, "__dict__", {})
+    if hasattr(type(layer), "build_middleware_stack") and layer.middleware_stack is None:
+        # As an application of Starlette's does itself, for its first request.
+        layer.middleware_stack = layer.build_middleware_stack()
     inner = attributes.get("app") or attributes.get("middleware_stack")
     return inner if callable(inner) else None
 

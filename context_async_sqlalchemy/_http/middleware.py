@@ -74,7 +74,7 @@ class ASGIHTTPDBSessionMiddleware:
             raise ValueError(f"replay_body_limit must be at least 0, not {replay_body_limit}")
         self.app = app
         self.before_commit = before_commit
-        self._sees_hand_over = see_hand_over(app)
+        self._sees_hand_over = False
         self.commit_on = checked_commit_on(commit_on)
         self._options = {
             "before_commit": before_commit,
@@ -92,8 +92,9 @@ class ASGIHTTPDBSessionMiddleware:
                 warn_of_ignored(self._options, context.options, context.name)
             await self.app(scope, receive, send)
             return
-        if not self._sees_hand_over:
-            self._sees_hand_over = see_hand_over(self.app)
+        if not self._sees_hand_over:  # when the application has all its middlewares
+            self._sees_hand_over = True
+            see_hand_over(self.app)
         if self._replay is None:
             await self._serve(self.app, scope, receive, send)
         else:

@@ -35,14 +35,16 @@ class SettlingSend:
         self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
         self.error: Exception | None = None  # with which the application has ended
-        self._is_handed_over = False
+        self._handed_over: int | None = None  # the status, by the application itself
         self._is_settled = False  # and what is open now is the body's
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if sys.exception() is self.error or message["status"] >= 400:
-                self.error = None  # another middleware answers it
-            await self.settle_by(message["status"])
+            status, error = message["status"], self.error
+            if error is not None and (sys.exception() is error or status >= 400):
+                # Another middleware answers it, and what the body has begun is of no use.
+                self.error, self._is_settled = None, False
+            await self.settle_by(status)
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
@@ -60,8 +62,8 @@ class SettlingSend:
         Who called it handles the error `outer`. What it did is settled now if the body is still to
         be made: that may begin before the response starts, and has a transaction of its own.
         """
-        if not self._is_handed_over:
-            self._is_handed_over = True
+        if self._handed_over is None:
+            self._handed_over = start["status"]
             self._outer = (*self._outer, outer)
             self.answered = self.handled_error()
             if _is_streamed(start) and not self.context.settles_late:
@@ -75,9 +77,9 @@ class SettlingSend:
 
     async def settle_by(self, status: int) -> None:
         """Settle what is open, unless it is the body's, by the status of the response."""
-        if self._is_settled:
-            return
         self.commit = self.asks_for_commit(status)
+        if self._is_settled and (self.commit or status == self._handed_over):
+            return
         if self.context.used:
             if not self.commit or self.context.rolls_back:
                 tell_of_lost_work(self.context, status)

@@ -14,7 +14,7 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,
@@ -74,10 +74,36 @@ def pure_asgi(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> ASG
     return ASGIHTTPDBSessionMiddleware(inner, **options)
 
 
+def around_an_application(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> ASGIApp:
+    app = Starlette(routes=[Route("/", endpoint)], middleware=[*map(Middleware, middlewares)])
+    return ASGIHTTPDBSessionMiddleware(app, **options)
+
+
+def mounted(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> Starlette:
+    inner = FastAPI()
+    inner.router.routes.append(Route("/", endpoint))
+    for middleware in middlewares:
+        inner.add_middleware(middleware)
+    app = Starlette(routes=[Mount("/", app=inner)])
+    add_starlette_http_db_session_middleware(app, **options)
+    return app
+
+
+def of_a_route(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> Starlette:
+    route = Route("/", endpoint, middleware=[*map(Middleware, middlewares)])
+    app = Starlette(routes=[Mount("/", routes=[route])])
+    add_starlette_http_db_session_middleware(app, **options)
+    return app
+
+
+# Where else another middleware may be, inside of ours.
+PLACES = [around_an_application, mounted, of_a_route]
+
+
 def _cases() -> list[Any]:
     each: list[list[Any]] = [[], *([middleware] for middleware in LATE), LATE]
     pairs: list[tuple[MakeApp, list[Any]]] = [(starlette, middlewares) for middlewares in each]
-    for make in (starlette_with_a_list, fastapi, pure_asgi):
+    for make in (starlette_with_a_list, fastapi, pure_asgi, *PLACES):
         pairs += [(make, middlewares) for middlewares in ([Holding], [Spawning], LATE)]
     return [
         pytest.param(make, middlewares, id="-".join(m.__name__ for m in (make, *middlewares)))
