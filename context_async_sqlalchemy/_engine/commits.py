@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 from sqlalchemy import Connection, Engine, Transaction, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -157,12 +157,12 @@ def _clean(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
 
 
 def _note_error(context: ExceptionContext) -> None:
-    connection, error = context.connection, context.original_exception
-    if connection is None or context.is_disconnect or not isinstance(error, Exception):
+    connection, error = context.connection, context.sqlalchemy_exception
+    if connection is None or context.is_disconnect or not isinstance(error, DBAPIError):
         return
     noted = _noted_of(connection)
-    noted.error = context.sqlalchemy_exception or error
-    if not noted.has_ended and _has_ended_transaction(connection.connection, error):
+    noted.error = error
+    if not noted.has_ended and _has_ended_transaction(connection.connection, error.orig):
         noted.has_ended = True
         event.listen(connection, "before_cursor_execute", _refuse_statement)
 
@@ -182,7 +182,7 @@ def _noted_of(connection: Connection) -> _Noted:
     return noted
 
 
-def _has_ended_transaction(connection: PoolProxiedConnection, error: Exception) -> bool:
+def _has_ended_transaction(connection: PoolProxiedConnection, error: BaseException | None) -> bool:
     """Return whether a statement that failed has ended its transaction, and others may follow.
 
     PostgreSQL lets none follow. MySQL, SQLite and their drivers begin another transaction.

@@ -50,7 +50,7 @@ class SettlingSend:
         elif self.started and ends_body(message):
             if self.error is not None:
                 raise self.error  # which another middleware has kept to itself
-            if self.context.used:
+            if not self.context.is_settled():
                 # A client that has the whole body must be able to rely on what it says.
                 await self._settle(True)
             self.completed = True
@@ -80,7 +80,7 @@ class SettlingSend:
         self.commit = self.asks_for_commit(status)
         if self._is_settled and (self.commit or status == self._handed_over):
             return
-        if self.context.used:
+        if not self.context.is_settled():
             if not self.commit or self.context.rolls_back:
                 tell_of_lost_work(self.context, status)
             try:

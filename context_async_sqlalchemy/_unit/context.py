@@ -34,7 +34,6 @@ class DBSessionContext:
         self.options: Mapping[str, Any] = {}  # of the middleware that opened it
         self.app: object = None  # the application in which it was opened, if it is Starlette's
         self.is_test = False  # a test opened it, and settles it
-        self.used = False  # there may be something to settle
         self.settles_late = False  # when the application has returned, not before
         self.rolls_back = False  # whatever it would be settled with
         self.closed = False
@@ -65,7 +64,6 @@ class DBSessionContext:
 
     def put(self, context_key: str, session: AsyncSession, is_made: bool = False) -> None:
         """Make `session` the session that `db_session` returns for a connect."""
-        self.used = True
         self.by_key[context_key] = session
         if all(given_session(held.session) is not session for held in self._held):
             real = real_session(session)
@@ -110,7 +108,7 @@ class DBSessionContext:
             try:
                 self.leave()
             finally:
-                if self.used:
+                if self._held or self.commits is not None:
                     await self._end_sessions(with_close)
 
     async def close_made(self) -> None:

@@ -87,7 +87,6 @@ def on_commit(connect: DBConnect, callback: Callable[[], Awaitable[object] | obj
 def watch_commits(context: DBSessionContext) -> CommitWatch:
     """Watch the commits of every session of a context from now on."""
     if context.commits is None:
-        context.used = True
         context.commits = CommitWatch()
         for context_key, session in context.by_key.items():
             context.commits.watch(context_key, session)

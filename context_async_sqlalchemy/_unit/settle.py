@@ -69,7 +69,7 @@ async def settle_request(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
 ) -> None:
     """Settle a request before its response starts or its body ends, unless it asked for later."""
-    if not (context.settles_late or context.is_settled()):
+    if not context.settles_late:
         await settle(context, commit=commit, before_commit=before_commit)
         note_settled(context.sessions)
 

@@ -127,7 +127,7 @@ class Bench:
         self.fault, self.at_call = None, lambda _: None
         if left := {task for task in asyncio.all_tasks() - tasks if task.get_name() != TASK_NAME}:
             # When a task in a gather() fails, its siblings go on.
-            _, left = await asyncio.wait(left, timeout=5)
+            _, left = await asyncio.wait(left, timeout=30)
         assert not left, "a task is left over"
         self._check_rows(sent, set(await self.names()))
         if self.setting.write is write_on_two_engines:
