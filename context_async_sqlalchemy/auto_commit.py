@@ -1,11 +1,11 @@
 """Settling a context by hand, for a middleware of your own."""
 
+from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._unit.context import current_context
 from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback as BeforeCommitCallback,
-    check_before_commit,
     is_success,
     settle,
 )

@@ -1,4 +1,4 @@
-"""What a connect is given, checked before it is used."""
+"""What a connect or a context is given, checked before it is used."""
 
 import math
 
@@ -24,4 +24,14 @@ def check_threshold(threshold: float | None) -> None:
         raise ValueError(
             "leak_detection_threshold must be a positive number of seconds, or None for no "
             f"leak detection, not {threshold!r}"
+        )
+
+
+def check_before_commit(before_commit: object) -> None:
+    """Refuse what cannot be called before a commit, such as a connect, before there is one."""
+    if before_commit is not None and not callable(before_commit):
+        raise TypeError(
+            "before_commit must be a function that takes a session, or None, not "
+            f"{type(before_commit).__name__}. A context needs no connect: call "
+            "'await db_session(connect)' in it."
         )

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from context_async_sqlalchemy._http.send import ends_body
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 RECIPIENT = "context_async_sqlalchemy.recipient"
@@ -17,7 +18,7 @@ class Recipient(Protocol):
         """Take the start of the response; who called the application handles the error `outer`."""
 
     def fail(self, error: BaseException) -> None:
-        """Take the error with which the application has ended."""
+        """Take the error with which the application has ended, before its response was complete."""
 
 
 def see_hand_over(app: object) -> None:
@@ -65,7 +66,11 @@ class HandOver:
 
         outer = sys.exception()
 
+        last: Message | None = None
+
         async def send_on(message: Message) -> None:
+            nonlocal last
+            last = message
             if message["type"] == "http.response.start":
                 await recipient.hand_over(message, outer)
             await send(message)
@@ -73,5 +78,6 @@ class HandOver:
         try:
             await self.app(scope, receive, send_on)
         except BaseException as error:
-            recipient.fail(error)
+            if last is None or not ends_body(last):
+                recipient.fail(error)
             raise

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
 from context_async_sqlalchemy._http.options import (
     MiddlewareOptions as MiddlewareOptions,
@@ -18,7 +19,6 @@ from context_async_sqlalchemy._unit.context import (
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
-    check_before_commit,
     finish,
     is_success,
 )
@@ -120,7 +120,7 @@ class ASGIHTTPDBSessionMiddleware:
                     raise
             if settling.failure is not None and not settling.started:
                 # What became of it inside does not matter: the application took it for a success.
-                settling.error = None
+                settling.error = settling.answered = None
                 await self.respond_to_failure(settling.failure, scope, receive, settling)
         except BaseException as error:
             await abandon(context, error, has_answered=settling.started)
@@ -131,7 +131,7 @@ class ASGIHTTPDBSessionMiddleware:
         finally:
             # The server's `send` may refer to the scope, and the error to all of this.
             scope.pop(RECIPIENT, None)
-            settling.error = None
+            settling.error = settling.answered = None
 
     def _context_of(self, scope: Scope) -> DBSessionContext:
         return open_request_context(scope)

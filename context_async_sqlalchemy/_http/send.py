@@ -34,17 +34,13 @@ class SettlingSend:
         self.failure: Exception | None = None  # kept a response from starting
         self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
-        self.error: Exception | None = None  # with which the application has ended
+        self.error: Exception | None = None  # with which the body has ended
         self._handed_over: int | None = None  # the status, by the application itself
         self._is_settled = False  # and what is open now is the body's
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            status, error = message["status"], self.error
-            if error is not None and (sys.exception() is error or status >= 400):
-                # Another middleware answers it, and what the body has begun is of no use.
-                self.error, self._is_settled = None, False
-            await self.settle_by(status)
+            await self.settle_by(message["status"])
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
@@ -71,12 +67,19 @@ class SettlingSend:
             self._is_settled = not self.context.in_transaction()
 
     def fail(self, error: BaseException) -> None:
-        """Take the error with which the application has ended."""
-        if isinstance(error, Exception):  # or else somebody has no more use for it
+        """Take the error with which the application has ended, before its response was complete."""
+        if not isinstance(error, Exception):
+            return  # somebody has no more use for it
+        if self._handed_over is None:
+            self.answered = error
+        else:
             self.error = error
 
     async def settle_by(self, status: int) -> None:
         """Settle what is open, unless it is the body's, by the status of the response."""
+        if self.error is not None and (sys.exception() is self.error or status >= 400):
+            # Another middleware answers it, and what the body has begun is of no use.
+            self.error, self._is_settled = None, False
         self.commit = self.asks_for_commit(status)
         if self._is_settled and (self.commit or status == self._handed_over):
             return

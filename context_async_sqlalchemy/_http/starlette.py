@@ -14,6 +14,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
 from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
@@ -28,7 +29,6 @@ from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
-    check_before_commit,
     finish,
     is_success,
 )

@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import ParamSpec, TypeVar
 
+from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._unit.context import open_context
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
-    check_before_commit,
     finish,
 )
 

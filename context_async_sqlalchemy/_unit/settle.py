@@ -19,17 +19,6 @@ from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
 """Called with each session about to be committed automatically; may be a plain function."""
 
-
-def check_before_commit(before_commit: object) -> None:
-    """Refuse what cannot be called before a commit, such as a connect, before there is one."""
-    if before_commit is not None and not callable(before_commit):
-        raise TypeError(
-            "before_commit must be a function that takes a session, or None, not "
-            f"{type(before_commit).__name__}. A context needs no connect: call "
-            "'await db_session(connect)' in it."
-        )
-
-
 AWAITED = "context_async_sqlalchemy.awaited"
 """In the `info` of a session for whose commit something has waited."""
 

@@ -14,6 +14,7 @@ from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -138,6 +139,26 @@ def own_middleware(work: Work, *args: Any, **options: Any) -> Any:
     return ASGIHTTPDBSessionMiddleware(answering, **options)
 
 
+def dispatching(
+    work: Work, answer: Any = envelope, error: Any = RefusedError, **options: Any
+) -> Any:
+    async def endpoint(_: Request) -> Response:
+        await work()
+        return JSONResponse({}, 201)
+
+    async def dispatch(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        try:
+            return await call_next(request)
+        except error as raised:
+            response = answer(request, raised)
+            return response if isinstance(response, Response) else await response
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    add_starlette_http_db_session_middleware(app, **options)
+    return app
+
+
 WAYS = [
     starlette,
     fastapi,
@@ -146,6 +167,7 @@ WAYS = [
     behind_late_starts,
     pure_asgi,
     own_middleware,
+    dispatching,
 ]
 every_way = pytest.mark.parametrize("make", WAYS)
 WITH_EXCEPTIONS_THAT_ANSWER = [starlette, fastapi, fastapi_dependency, behind_late_starts]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import text
@@ -16,10 +19,12 @@ from context_async_sqlalchemy import (
     db_session,
     new_db_session_ctx,
 )
+from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 from context_async_sqlalchemy.test_utils import set_test_context
 from tests.helpers.asgi import add, app_of, call, http_scope
 from tests.helpers.database import Database
+from tests.helpers.late_start import Holding
 from tests.helpers.serving import http_client, serve
 
 
@@ -189,3 +194,25 @@ async def test_other_scopes_get_no_context(connect: DBConnect, kind: str) -> Non
 
     await call(app, {"type": kind})
     assert "new_db_session_ctx" in str(errors[0])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_nothing_of_a_request_is_left_to_the_garbage_collector(
+    connect: DBConnect, raises: bool
+) -> None:
+    contexts: list[weakref.ref[DBSessionContext]] = []
+
+    async def handler(_: Scope) -> int:
+        await db_session(connect)
+        contexts.append(weakref.ref(current_context()))
+        if raises:
+            raise KeyError
+        return 200
+
+    gc.disable()
+    try:
+        with suppress(KeyError):
+            await call(ASGIHTTPDBSessionMiddleware(Holding(app_of(handler))))
+        assert [context() for context in contexts] == [None]
+    finally:
+        gc.enable()

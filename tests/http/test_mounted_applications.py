@@ -24,6 +24,7 @@ from context_async_sqlalchemy.starlette_utils import (
 )
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
+from tests.helpers.late_start import Spawning
 
 Handlers = dict[Any, Callable[..., Any]]
 BACKGROUND: list[str] = []
@@ -31,6 +32,14 @@ BACKGROUND: list[str] = []
 
 def add_dispatch(app: Starlette) -> None:
     app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
+
+
+def add_behind_another(app: Starlette) -> None:
+    app.add_middleware(Spawning)
+    add_starlette_http_db_session_middleware(app)
+
+
+ADD = [add_starlette_http_db_session_middleware, add_dispatch, add_behind_another]
 
 
 def mounted_in_starlette(mounted: Starlette, handlers: Handlers) -> Starlette:
@@ -98,7 +107,7 @@ async def answer_to(app: Starlette, path: str) -> tuple[int, str, str | None]:
     return response.status_code, response.text[:25], type(raised[0]).__name__ if raised else None
 
 
-@pytest.mark.parametrize("add_middleware", [add_starlette_http_db_session_middleware, add_dispatch])
+@pytest.mark.parametrize("add_middleware", ADD)
 @pytest.mark.parametrize("mount", [mounted_in_starlette, mounted_in_fastapi, mounted_twice])
 @pytest.mark.parametrize(
     ("handlers", "debug", "status"),
