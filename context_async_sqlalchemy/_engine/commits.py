@@ -56,7 +56,6 @@ def check_commits_of(session: AsyncSession) -> None:
         check_commits(engine)
     if engine is None or not takes_one_engine(sync_session):
         event.listen(sync_session, "after_begin", _check_connection)
-    check_open_connections(session)
 
 
 def check_open_connections(session: AsyncSession) -> None:
@@ -88,30 +87,31 @@ class _Check:
 
     def _commit(self, connection: PoolProxiedConnection) -> None:
         noted: _Noted | None = connection.info.pop(_NOTED, None)
-        if noted is None:
-            self._ask_and_commit(connection, _Noted(None))
-        elif noted.work is None or noted.work.durable:
+        work = noted.work if noted is not None else None
+        if work is None or work.durable:
             self._ask_and_commit(connection, noted)
-        else:
-            noted.work.durable = True
-            try:
-                self._ask_and_commit(connection, noted)
-            except PendingRollbackError:
-                noted.work.durable = False
-                raise
-            except Exception as error:
-                noted.work.durable = not is_refused_commit(error, self._dialect)
-                raise
-
-    def _ask_and_commit(self, connection: PoolProxiedConnection, noted: _Noted) -> None:
-        is_noted = noted.transaction is not None and noted.transaction.is_active
+            return
+        work.durable = True
         try:
-            if is_noted and noted.has_ended:
+            self._ask_and_commit(connection, noted)
+        except PendingRollbackError:
+            work.durable = False
+            raise
+        except Exception as error:
+            work.durable = not is_refused_commit(error, self._dialect)
+            raise
+
+    def _ask_and_commit(self, connection: PoolProxiedConnection, noted: _Noted | None) -> None:
+        if noted is not None and (noted.transaction is None or not noted.transaction.is_active):
+            noted = None  # of another transaction
+        try:
+            if noted is not None and noted.has_ended:
                 raise CommitWasRollbackError  # noqa: TRY301  # as the driver does
             self._commit_and_ask(connection, self._do_commit)
         except CommitWasRollbackError:
             self._dialect.do_rollback(connection)  # the driver may have begun another one
-            raise PendingRollbackError(_CAME_TO_NOTHING) from (noted.error if is_noted else None)
+            cause = noted.error if noted is not None else None
+            raise PendingRollbackError(_CAME_TO_NOTHING) from cause
 
 
 _DoCommit: TypeAlias = Callable[[Any], None]

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,8 +18,10 @@ def count_written(session: AsyncSession) -> None:
     if logger.isEnabledFor(logging.INFO):
         # Nobody can be asked afterwards: PostgreSQL's pg_stat_xact_user_tables has the rows of the
         # transactions before this one, too, until the server has passed them on.
-        engine = getattr(session.bind, "sync_engine", None)
-        if engine is not None and not event.contains(engine, "after_cursor_execute", _count):
+        engine = getattr(getattr(session, "bind", None), "sync_engine", None)
+        if isinstance(engine, Engine) and not event.contains(
+            engine, "after_cursor_execute", _count
+        ):
             event.listen(engine, "after_cursor_execute", _count)
 
 

@@ -21,7 +21,6 @@ from context_async_sqlalchemy._engine.release import close_sessions, refuse_furt
 from context_async_sqlalchemy._http.middleware import (
     enter_request_context,
     has_context,
-    prepare_request_context,
 )
 from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.context import (
@@ -171,8 +170,8 @@ async def _unmanaged_session(
 class _ContextOnDemand(DBSessionContext):
     """The context of a request that opens with the first use of a dependency, if there is one."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope)
         self._task = asyncio.current_task()
 
     def enter(self) -> None:
@@ -193,8 +192,8 @@ class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
         else:
             await self._serve(app, scope, receive, send)
 
-    def _context_of(self, scope: Scope) -> DBSessionContext:
-        context = scope[_ON_DEMAND] = prepare_request_context(scope, _ContextOnDemand())
+    def _open_context(self, scope: Scope) -> DBSessionContext:
+        context = scope[_ON_DEMAND] = _ContextOnDemand(scope)
         return context
 
 

@@ -1,7 +1,7 @@
 """Sees when the application hands over its response, inside every other middleware."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from context_async_sqlalchemy._http.send import ends_body
@@ -14,8 +14,11 @@ RECIPIENT = "context_async_sqlalchemy.recipient"
 class Recipient(Protocol):
     """Is told what the application does, whatever becomes of it in other middlewares."""
 
-    async def hand_over(self, start: Message, outer: BaseException | None) -> None:
-        """Take the start of the response; who called the application handles the error `outer`."""
+    def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:
+        """Take the start of the response; who called the application handles the error `outer`.
+
+        Return what has to be done before the response goes on, if there is anything.
+        """
 
     def fail(self, error: BaseException) -> None:
         """Take the error with which the application has ended, before its response was complete."""
@@ -72,7 +75,9 @@ class HandOver:
             nonlocal last
             last = message
             if message["type"] == "http.response.start":
-                await recipient.hand_over(message, outer)
+                settling = recipient.hand_over(message, outer)
+                if settling is not None:
+                    await settling
             await send(message)
 
         try:

@@ -1,6 +1,5 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
@@ -108,7 +107,7 @@ class ASGIHTTPDBSessionMiddleware:
         send: Send,
     ) -> None:
         """Call the application for a request, in a context of its own."""
-        context = self._context_of(scope)
+        context = self._open_context(scope)
         context.options = self._options
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
         scope[RECIPIENT] = settling
@@ -133,7 +132,7 @@ class ASGIHTTPDBSessionMiddleware:
             scope.pop(RECIPIENT, None)
             settling.error = settling.answered = None
 
-    def _context_of(self, scope: Scope) -> DBSessionContext:
+    def _open_context(self, scope: Scope) -> DBSessionContext:
         return open_request_context(scope)
 
     async def respond_to_failure(
@@ -156,22 +155,13 @@ def has_context(scope: Scope) -> bool:
 
 def open_request_context(scope: Scope) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = prepare_request_context(scope, DBSessionContext())
-    enter_request_context(context, scope)
-    return context
-
-
-def prepare_request_context(scope: Scope, context: DBSessionContext) -> DBSessionContext:
-    """Make a context that of a request, without opening it."""
-    context.loop = asyncio.get_running_loop()
-    # Not the scope: it refers to the context, and would make a reference cycle with it.
-    context.request = scope.get("method", ""), scope.get("path", "")
-    context.app = scope.get("app")
+    context = scope[_SCOPE_KEY] = DBSessionContext(scope)
+    context.enter()
     return context
 
 
 def enter_request_context(context: DBSessionContext, scope: Scope) -> None:
-    """Open a context that was prepared for the request with this ASGI scope."""
+    """Open a context that was made for the request with this ASGI scope."""
     scope[_SCOPE_KEY] = context
     context.enter()
 

@@ -1,7 +1,7 @@
 """The `send` of a request, which settles its context before the response starts."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._unit.context import DBSessionContext
@@ -52,19 +52,23 @@ class SettlingSend:
             self.completed = True
         await self.send(message)
 
-    async def hand_over(self, start: Message, outer: BaseException | None) -> None:
+    def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:
         """Take the start of a response from the application itself.
 
         Who called it handles the error `outer`. What it did is settled now if the body is still to
         be made: that may begin before the response starts, and has a transaction of its own.
         """
-        if self._handed_over is None:
-            self._handed_over = start["status"]
+        if self._handed_over is not None:
+            return None
+        self._handed_over = start["status"]
+        if self.answered is not None or sys.exception() is not None:
             self._outer = (*self._outer, outer)
             self.answered = self.handled_error()
-            if _is_streamed(start) and not self.context.settles_late:
-                await self.settle_by(start["status"])
-            self._is_settled = not self.context.in_transaction()
+        if self.context.is_settled():
+            self._is_settled = True
+        elif _is_streamed(start) and not self.context.settles_late:
+            return self._settle_handed_over(start["status"])
+        return None
 
     def fail(self, error: BaseException) -> None:
         """Take the error with which the application has ended, before its response was complete."""
@@ -116,6 +120,10 @@ class SettlingSend:
                 "it had started is rolled back."
             )
         return self.completed and (self.commit or not self.context.settles_late)
+
+    async def _settle_handed_over(self, status: int) -> None:
+        await self.settle_by(status)
+        self._is_settled = not self.context.in_transaction()
 
     async def _settle(self, commit: bool) -> None:
         await settle_request(self.context, commit=commit, before_commit=self.before_commit)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy._engine.border import given_session, real_session
-from context_async_sqlalchemy._engine.commits import check_commits_of
+from context_async_sqlalchemy._engine.commits import check_commits_of, check_open_connections
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy.exceptions import ContextClosedError, ContextNotInitiatedError
@@ -23,16 +23,23 @@ class _Held(NamedTuple):
 
 
 class DBSessionContext:
-    """The sessions of one unit of work, shared by all its tasks."""
+    """The sessions of one unit of work, shared by all its tasks.
 
-    def __init__(self) -> None:
+    That of a request is made in the event loop that serves it, with its ASGI scope.
+    """
+
+    def __init__(self, scope: Mapping[str, Any] | None = None) -> None:
         # What `db_session` returns for each connect, by `context_key`: of the class that it makes.
         self.by_key: dict[str, Any] = {}
         self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
-        self.loop: asyncio.AbstractEventLoop | None = None  # that serves the request, if it is one
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.request: tuple[str, str] | None = None  # its method and path
         self.options: Mapping[str, Any] = {}  # of the middleware that opened it
         self.app: object = None  # the application in which it was opened, if it is Starlette's
+        if scope is not None:  # not kept: it refers to the context
+            self.loop = asyncio.get_running_loop()
+            self.request = scope.get("method", ""), scope.get("path", "")
+            self.app = scope.get("app")
         self.is_test = False  # a test opened it, and settles it
         self.settles_late = False  # when the application has returned, not before
         self.rolls_back = False  # whatever it would be settled with
@@ -56,7 +63,7 @@ class DBSessionContext:
 
     def is_settled(self) -> bool:
         """Return whether there is nothing to commit or roll back, and no callback that waits."""
-        return self.commits is None and not self.in_transaction()
+        return self.commits is None and not (self._held and self.in_transaction())
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
@@ -68,6 +75,8 @@ class DBSessionContext:
         if all(given_session(held.session) is not session for held in self._held):
             real = real_session(session)
             check_commits_of(real)
+            if not is_made:
+                check_open_connections(real)
             self._held.append(_Held(real, is_made))
         if self.commits is not None:
             self.commits.watch(context_key, session)

@@ -25,11 +25,10 @@ def leave_open(session: AsyncSession, context: DBSessionContext) -> None:
     does one that ends after the context.
     """
     cls = type(session)
-    if not issubclass(cls, AsyncSession):
-        return  # a mock
-    if cls not in _classes.values():
-        if (cls.__aenter__, cls.__aexit__) != (_ENTER, _EXIT):
-            return  # whoever has written another block knows what it means
+    block = getattr(cls, "__aenter__", None), getattr(cls, "__aexit__", None)
+    if block != (_enter, _exit):
+        if block != (_ENTER, _EXIT):
+            return  # a mock, or whoever has written another block knows what it means
         if cls not in _classes:
             _classes[cls] = _with_own_block(cls)
         replace_class(session, _classes[cls])

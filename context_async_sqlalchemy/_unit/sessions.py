@@ -73,7 +73,7 @@ async def create_session(
             raise ContextClosedError
         if (threshold := threshold_of(connect)) is not None:
             detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
-        count_written(real_session(session))
+        count_written(session)
         context.put(key, session, is_made=True)
         leave_open(session, context)
         return session
