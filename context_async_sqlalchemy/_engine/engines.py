@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -12,12 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy._engine.checks import check_callable, check_host
-from context_async_sqlalchemy._engine.guard import guard, retire
+from context_async_sqlalchemy._engine.guard import finish_closing, guard, retire
 from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.one_connection import take_turns
-from context_async_sqlalchemy._engine.pool import count_connections, finish_closing
+from context_async_sqlalchemy._engine.pool import count_connections, finish_idle
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
 T = TypeVar("T")
@@ -135,12 +134,9 @@ class Engines:
                 engines.append(self.put_by_hand)
             place.opened = self.latest = self.put_by_hand = self.session_maker_put_by_hand = None
         for loop, other in self._places.elsewhere():
-            if other.opened is not None:
-                closing = asyncio.run_coroutine_threadsafe(close_engine(other.opened.engine), loop)
-                closing.add_done_callback(_log_failure)
-                other.opened = None
-        if engines or self._retiring:
-            await run_to_completion(self._close(engines))
+            with suppress(RuntimeError):  # it has been closed meanwhile
+                loop.call_soon_threadsafe(self._close_place, other)
+        await run_to_completion(self._close(engines))
 
     @asynccontextmanager
     async def pin(self) -> AsyncGenerator[Opened]:
@@ -198,12 +194,19 @@ class Engines:
             )
         return place.opened
 
+    def _close_place(self, place: _Place) -> None:
+        # Whoever closes the connect on this loop meanwhile waits for it.
+        if place.opened is not None:
+            opened, place.opened = place.opened, None
+            self._retire(opened.engine)
+
     async def _close(self, engines: list[AsyncEngine]) -> None:
         closing = [asyncio.create_task(close_engine(engine)) for engine in engines]
         loop = asyncio.get_running_loop()
-        retiring = [task for task in self._retiring if task.get_loop() is loop]
+        retiring = [task for task in list(self._retiring) if task.get_loop() is loop]
         if tasks := [*closing, *retiring]:
             await asyncio.wait(tasks)
+        await finish_closing()
         for task in closing:
             task.result()
 
@@ -259,10 +262,10 @@ async def closing(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
 async def close_engine(engine: AsyncEngine) -> None:
     """Close the connections of an engine: the idle ones now, the others as they come back."""
     await retire(engine)
-    await finish_closing(engine)
+    await finish_idle(engine)
 
 
-def _log_failure(closing: asyncio.Task[None] | Future[None]) -> None:
+def _log_failure(closing: asyncio.Task[None]) -> None:
     if not closing.cancelled() and (error := closing.exception()) is not None:
         logger.warning("An engine that is not used any more failed to close", exc_info=error)
 

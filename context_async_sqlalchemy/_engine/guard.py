@@ -48,7 +48,17 @@ async def retire(engine: AsyncEngine) -> None:
         # dispose() closes idle connections only. One that a session still holds would return to a
         # pool that is no longer used, and stay open there.
         await engine.dispose()
-        await guard.finish_closing()
+        await finish_closing()
+
+
+async def finish_closing() -> None:
+    """Wait for the connections that are being closed on this event loop.
+
+    A loop that ends meanwhile cancels that, and aiosqlite's may then hang, or fail in its thread.
+    """
+    loop = asyncio.get_running_loop()
+    if closing := [task for task in list(_closing) if task.get_loop() is loop]:
+        await asyncio.wait(closing)
 
 
 def _guard_of(engine: Engine) -> _Guard | None:
@@ -65,15 +75,9 @@ class _Guard:
         self._engine = ref(engine)
         self._dialect = engine.dialect
         self._do_close = engine.dialect.do_close
-        self._closing: set[asyncio.Task[None]] = set()
         check_commits(engine)
         replace_close(engine.dialect, self._close)
         event.listen(engine.pool, "checkin", self._on_checkin)
-
-    async def finish_closing(self) -> None:
-        """Wait for the connections that are being closed."""
-        if self._closing:
-            await asyncio.wait(self._closing)
 
     def _close(self, connection: DBAPIConnection) -> None:
         # A polite close may wait forever for a silent server. The connections of an engine that is
@@ -82,8 +86,8 @@ class _Guard:
             self._do_close(connection)
             return
         task = asyncio.get_running_loop().create_task(self._terminate(connection))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
 
     async def _terminate(self, connection: DBAPIConnection) -> None:
         close = self._dialect.do_terminate if self._dialect.has_terminate else self._do_close
@@ -97,3 +101,6 @@ class _Guard:
         # Retired and in use again, an engine has another pool, and nobody looks into the first one.
         if not self.users or (engine is not None and pool_of(entry) is not engine.pool):
             entry.close()
+
+
+_closing: set[asyncio.Task[None]] = set()  # of every engine, on every loop

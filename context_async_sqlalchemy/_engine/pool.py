@@ -105,7 +105,7 @@ def ping_idle_connections(engine: Engine, after: float) -> None:
     event.listen(engine, "checkout", ping)
 
 
-async def finish_closing(engine: AsyncEngine) -> None:
+async def finish_idle(engine: AsyncEngine) -> None:
     """End `close_idle_connections`, with its timer and its tasks."""
     idle = _idle_of(sync_engine_of(engine))
     if idle is not None:

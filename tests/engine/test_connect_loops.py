@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,44 @@ async def test_engines_of_two_loops_that_fail_to_close_are_both_heard_of(
             await asyncio.sleep(0.001)
     closed.set()
     await thread
+
+
+async def test_who_closes_a_connect_waits_for_what_another_loop_has_begun_to_close(
+    creators: Creators,
+) -> None:
+    connect = DBConnect(creators.engine, creators.session_maker, host="a")
+    made, began, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def dispose() -> None:
+        began.set()
+        await asyncio.sleep(0.1)
+        ended.set()
+
+    async def there() -> None:
+        await connect.create_session()
+        creators.engines["a"][0].dispose.side_effect = dispose
+        made.set()
+        async with asyncio.timeout(10):
+            while not began.is_set():
+                await asyncio.sleep(0.001)
+        await connect.close()
+        assert ended.is_set()
+
+    thread = asyncio.create_task(asyncio.to_thread(asyncio.run, there()))
+    await asyncio.to_thread(made.wait, 10)
+    await connect.close()
+    await thread
+
+
+@pytest.mark.parametrize("drivername", ["postgresql+asyncpg", "postgresql+psycopg", "sqlite"])
+async def test_who_closes_a_connect_waits_for_a_connection_that_has_come_back_meanwhile(
+    database_url: URL, tmp_path: Path, drivername: str
+) -> None:
+    url = database_url.set(drivername=drivername)
+    connect = DBConnect.from_url(f"sqlite:///{tmp_path}/a" if drivername == "sqlite" else url)
+    async with new_non_ctx_session(connect) as session:
+        await session.execute(text("SELECT 1"))
+        await connect.close()
+    # A loop that ends in the middle of it would leave the connection open.
+    await connect.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
