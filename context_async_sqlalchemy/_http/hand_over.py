@@ -4,7 +4,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from context_async_sqlalchemy._http.send import ends_body
+from context_async_sqlalchemy._http.messages import ends_body
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 RECIPIENT = "context_async_sqlalchemy.recipient"
@@ -20,8 +20,8 @@ class Recipient(Protocol):
         Return what has to be done before the response goes on, if there is anything.
         """
 
-    def fail(self, error: BaseException) -> None:
-        """Take the error with which the application has ended, before its response was complete."""
+    def end_early(self, error: BaseException | None) -> None:
+        """Take it that the application has ended before its response was complete."""
 
 
 def see_hand_over(app: object) -> None:
@@ -69,20 +69,23 @@ class HandOver:
 
         outer = sys.exception()
 
-        last: Message | None = None
+        completed = False
 
         async def send_on(message: Message) -> None:
-            nonlocal last
-            last = message
+            nonlocal completed
             if message["type"] == "http.response.start":
                 settling = recipient.hand_over(message, outer)
                 if settling is not None:
                     await settling
+            elif ends_body(message):
+                completed = True
             await send(message)
 
         try:
             await self.app(scope, receive, send_on)
         except BaseException as error:
-            if last is None or not ends_body(last):
-                recipient.fail(error)
+            if not completed:
+                recipient.end_early(error)
             raise
+        if not completed:
+            recipient.end_early(None)

@@ -10,7 +10,8 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
-from context_async_sqlalchemy._http.send import SettlingSend, ends_body
+from context_async_sqlalchemy._http.messages import ends_body
+from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated

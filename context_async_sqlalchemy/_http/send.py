@@ -4,6 +4,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._http.messages import ends_body, is_streamed
 from context_async_sqlalchemy._unit.context import DBSessionContext
 from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
@@ -37,6 +38,7 @@ class SettlingSend:
         self.error: Exception | None = None  # with which the body has ended
         self._handed_over: int | None = None  # the status, by the application itself
         self._is_settled = False  # and what is open now is the body's
+        self.is_cut_off = False  # the body has ended before its last part
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -46,10 +48,11 @@ class SettlingSend:
         elif self.started and ends_body(message):
             if self.error is not None:
                 raise self.error  # which another middleware has kept to itself
-            if not self.context.is_settled():
-                # A client that has the whole body must be able to rely on what it says.
-                await self._settle(True)
-            self.completed = True
+            if not self.is_cut_off:
+                if not self.context.is_settled():
+                    # A client that has the whole body must be able to rely on what it says.
+                    await self._settle(True)
+                self.completed = True
         await self.send(message)
 
     def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:
@@ -66,17 +69,17 @@ class SettlingSend:
             self.answered = self.handled_error()
         if self.context.is_settled():
             self._is_settled = True
-        elif _is_streamed(start) and not self.context.settles_late:
+        elif is_streamed(start) and not self.context.settles_late:
             return self._settle_handed_over(start["status"])
         return None
 
-    def fail(self, error: BaseException) -> None:
-        """Take the error with which the application has ended, before its response was complete."""
-        if not isinstance(error, Exception):
-            return  # somebody has no more use for it
-        if self._handed_over is None:
+    def end_early(self, error: BaseException | None) -> None:
+        """Take it that the application has ended before its response was complete."""
+        if error is None:
+            self.is_cut_off = self._handed_over is not None  # as when the client has left
+        elif self._handed_over is None:
             self.answered = error
-        else:
+        elif isinstance(error, Exception):  # or else somebody has no more use for it
             self.error = error
 
     async def settle_by(self, status: int) -> None:
@@ -127,17 +130,3 @@ class SettlingSend:
 
     async def _settle(self, commit: bool) -> None:
         await settle_request(self.context, commit=commit, before_commit=self.before_commit)
-
-
-def ends_body(message: Message) -> bool:
-    """Return whether a message is the last part of a body, or the whole of it."""
-    # https://asgi.readthedocs.io/en/latest/extensions.html: what is a body, and what is none, such
-    # as "http.response.push".
-    bodies = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
-    return message["type"] in bodies and not message.get("more_body", False)
-
-
-def _is_streamed(message: Message) -> bool:
-    """Return whether the body of a response is still to be made when it starts."""
-    # What has been made has a length. ASGI has the names of headers in lower case.
-    return b"content-length" not in {name for name, _ in message.get("headers", ())}

@@ -1,7 +1,6 @@
 """The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -98,12 +97,12 @@ async def starlette_http_db_session_middleware(
             response = await _handle(request, settling.failure)
             await finish(context, commit=False)
             return response
-        commit = settling.commit or not context.settles_late
-        end = partial(finish, context, commit=commit, before_commit=before_commit)
+        settling.started = True
         if "body_iterator" in vars(response):
             context.leave()
-            return _EndingResponse(response, end, settling)
-        await end()
+            return _EndingResponse(response, settling)
+        settling.completed = True
+        await finish(context, commit=settling.succeeded(), before_commit=before_commit)
     except BaseException as error:
         await abandon(context, error)
         raise
@@ -113,12 +112,9 @@ async def starlette_http_db_session_middleware(
 class _EndingResponse(Response):
     """The response of a request, which ends the context at its own end."""
 
-    def __init__(
-        self, response: Response, end: Callable[[], Awaitable[None]], settling: SettlingSend
-    ) -> None:
+    def __init__(self, response: Response, settling: SettlingSend) -> None:
         vars(self).update(vars(response))
         self._class = type(response)
-        self._end = end
         self._settling = settling
         self._context = settling.context
         self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
@@ -147,8 +143,10 @@ class _EndingResponse(Response):
         if (error := self._settling.error) is not None:
             self._settling.error = None
             raise error  # which BaseHTTPMiddleware keeps to itself
+        self._settling.completed = not self._settling.is_cut_off
         self._context.enter()
-        await self._end()
+        commit, before_commit = self._settling.succeeded(), self._settling.before_commit
+        await finish(self._context, commit=commit, before_commit=before_commit)
 
 
 async def _send_nothing(_: Message) -> None:

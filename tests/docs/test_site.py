@@ -104,8 +104,7 @@ PAGES = sorted(
 )
 
 
-@pytest.mark.parametrize("width", [1280, 375])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
 def test_every_page_fits_and_loads_nothing_from_elsewhere(
     browser: webdriver.Chrome, address: str, width: int, scheme: str
 ) -> None:

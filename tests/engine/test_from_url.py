@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.helpers.database import Database
 from tests.helpers.models import Item
 from tests.helpers.names import unique_name
 from tests.helpers.postgres import PASSWORD_ROLE, free_port
+from tests.helpers.raw import raw_of
 
 SECRET = "pa@ss:w/o?r#d %41 ü"
 
@@ -207,11 +210,16 @@ async def test_null_pool_is_counted_too(database_url: URL) -> None:
 async def test_a_rebooted_pool_loses_no_request_to_a_hot_connection(
     database_url: URL, database: Database
 ) -> None:
-    url = database_url
-    async with DBConnect.from_url(url, pool_pre_ping=True) as connect:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(5):
-                group.create_task(connect.ping())
+    async with DBConnect.from_url(database_url, pool_pre_ping=True) as connect:
+        async with AsyncExitStack() as stack:
+            new_session = partial(new_non_ctx_session, connect)
+            sessions = [await stack.enter_async_context(new_session()) for _ in range(5)]
+            drivers = [await raw_of(session) for session in sessions]
         for pid in await database.backends():
             await database.terminate(pid)
+        # Between the last message of the server and the end of the connection, asyncpg answers
+        # with an error by which SQLAlchemy's ping does not know that it is lost.
+        async with asyncio.timeout(30):
+            while not all(driver.is_closed() for driver in drivers):
+                await asyncio.sleep(0.001)
         await connect.ping()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import SAWarning
 
@@ -232,6 +232,7 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
 def test_no_url_raises_anything_else_or_shows_a_password(
     url: str, password: str | None, host: str
 ) -> None:
+    assume(SECRET not in url.partition("://")[0])  # which is the name of a driver
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SAWarning)
         error = error_of(url, password, host)

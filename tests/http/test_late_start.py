@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -23,13 +26,14 @@ from context_async_sqlalchemy import (
     commit_after_response,
     db_session,
 )
-from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
+from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from context_async_sqlalchemy.starlette_utils import (
     StarletteHTTPDBSessionMiddleware,
     add_starlette_http_db_session_middleware,
+    starlette_http_db_session_middleware,
 )
-from tests.helpers.asgi import add
+from tests.helpers.asgi import add, http_scope
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
 from tests.helpers.failures import Failing
@@ -191,6 +195,52 @@ async def test_what_a_body_did_that_fails_is_rolled_back_whole(
 
     with pytest.raises((ValueError, ExceptionGroup)):
         await get(make(endpoint, middlewares), raises=True)
+    assert await database.names() == ["a"]
+    assert connections_out(connect) == 0
+
+
+def dispatched(endpoint: Endpoint, middlewares: list[Any]) -> Starlette:
+    app = Starlette(routes=[Route("/", endpoint)])
+    for middleware in middlewares:
+        app.add_middleware(middleware)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("make", "middlewares"),
+    [*_cases(), *((dispatched, middlewares) for middlewares in ([], [Spawning], [Holding]))],
+)
+async def test_what_a_body_did_whose_client_has_left_is_rolled_back_whole(
+    connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
+) -> None:
+    left = asyncio.Event()
+
+    async def body() -> AsyncGenerator[str]:
+        for name in ("b", "c"):
+            await add(connect, name)
+            yield name
+            left.set()
+            await asyncio.sleep(10)
+
+    async def endpoint(_: Request) -> Response:
+        await add(connect, "a")
+        return StreamingResponse(body())
+
+    scope = {**http_scope(), "query_string": b"", "asgi": {"spec_version": "2.3"}}
+    messages: list[Message] = [{"type": "http.request", "body": b""}]
+
+    async def receive() -> Message:
+        if not messages:
+            await left.wait()
+            return {"type": "http.disconnect"}
+        return messages.pop()
+
+    async def send(_: Message) -> None:
+        pass
+
+    with suppress(RuntimeError):  # of Starlette, if the other middleware has not passed on a start
+        await make(endpoint, middlewares)(scope, receive, send)
     assert await database.names() == ["a"]
     assert connections_out(connect) == 0
 
