@@ -206,8 +206,9 @@ def is_autocommit(connection: Connection) -> bool:
     adapter: Any = connection.connection.dbapi_connection
     if connection.dialect.name == "sqlite":
         return adapter.isolation_level is None
-    if hasattr(adapter, "get_autocommit"):  # asyncmy's and aiomysql's
-        return bool(adapter.get_autocommit())
+    driver: Any = connection.connection.driver_connection
+    if hasattr(driver, "get_autocommit"):  # asyncmy's and aiomysql's
+        return bool(driver.get_autocommit())
     return getattr(adapter, "autocommit", False) is True
 
 
