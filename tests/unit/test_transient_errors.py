@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,10 @@ async def test_what_may_succeed_the_next_time_is_transient(
 
 
 async def exhaust_the_pool(connect: DBConnect, _: Database) -> None:
-    async with asyncio.TaskGroup() as group:
+    async with AsyncExitStack() as stack:
         for _number in range(6):
-            group.create_task(hold_a_connection(connect))
-
-
-async def hold_a_connection(connect: DBConnect) -> None:
-    async with new_non_ctx_session(connect) as session:
-        await session.connection()
-        await asyncio.Event().wait()
+            session = await stack.enter_async_context(new_non_ctx_session(connect))
+            await session.connection()
 
 
 async def use_a_failed_transaction(connect: DBConnect, _: Database) -> None:
