@@ -25,20 +25,36 @@ class Recipient(Protocol):
 
 
 def see_hand_over(app: object) -> None:
-    """Put a `HandOver` around the application that is inside the middlewares of `app`.
+    """Put a `HandOver` around the application that is inside the middlewares of `app`, if needed.
 
     So for what a router of Starlette leads to: mounted applications, and routes with middlewares.
     """
     layer: Any = None
     inner: Any = app
     routes: list[Any] = []
+    passes_on = True
     while (inside := _inside(inner)) is not None:
         layer, inner = inner, inside
         routes += vars(layer).get("routes", ())
+        passes_on = passes_on and _passes_on(layer, inner)
     if layer is not None and not isinstance(inner, HandOver):
-        setattr(layer, "app" if "app" in vars(layer) else "middleware_stack", HandOver(inner))
+        if not passes_on:
+            setattr(layer, "app" if "app" in vars(layer) else "middleware_stack", HandOver(inner))
         for route in routes:
             see_hand_over(getattr(route, "app", None))
+
+
+def _passes_on(layer: object, inner: object) -> bool:
+    """Return whether a layer is known to pass on each message at once, in the same task."""
+    is_router = getattr(inner, "__self__", None) is layer  # that has no middlewares
+    return is_router or f"{type(layer).__module__}.{type(layer).__qualname__}" in _PASSING_ON
+
+
+# All that most applications have inside the middleware. They are spared the `HandOver`.
+_PASSING_ON = {
+    "fastapi.middleware.asyncexitstack.AsyncExitStackMiddleware",
+    "starlette.middleware.exceptions.ExceptionMiddleware",
+}
 
 
 def _inside(layer: Any) -> Callable[..., Any] | None:
