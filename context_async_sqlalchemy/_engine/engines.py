@@ -77,6 +77,13 @@ class Engines:
         chosen = await self.host.chosen_by(handler) if handler is not None else None
         return self.session_maker_put_by_hand or (await self.get(chosen)).session_maker
 
+    def at_hand(self) -> SessionMaker | None:
+        """Return the sessionmaker for the host if its engine is open here."""
+        if self._pinned is not None or self.session_maker_put_by_hand is not None:
+            return None
+        opened = self._places.here().opened
+        return opened.session_maker if opened and opened.host == self.host.now else None
+
     async def get(self, chosen: str | None = None) -> Opened:
         """Return the engine of the running loop for the host, made if there is none.
 

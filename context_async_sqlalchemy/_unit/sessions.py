@@ -1,9 +1,10 @@
-"""The session of a context is made once, however many tasks ask for it first."""
+"""The session of a context for a connect, made on the first call."""
 
 import asyncio
-from collections.abc import Mapping
-from contextvars import ContextVar
-from types import MappingProxyType
+from functools import partial
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
@@ -11,8 +12,8 @@ from context_async_sqlalchemy._engine.written import count_written
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.session_block import leave_open
+from context_async_sqlalchemy._unit.single_flight import create_once
 from context_async_sqlalchemy.connect import DBConnect
-from context_async_sqlalchemy.exceptions import ContextClosedError
 
 
 async def db_session(connect: DBConnect[SessionT]) -> SessionT:
@@ -51,35 +52,36 @@ async def create_session(
     Leak detection names the endpoint that it is made for, or else the line that asks for it.
     """
     key = connect.context_key
-    creating = _creating.get()
-    if key in creating and creating[key].locked():
-        raise RuntimeError(
-            f"the before_create_session_handler of {connect!r} asks for the session that is only "
-            "made after it: use a connection of its own there"
-        )
-    # Two tasks may ask first at the same time, and the handler of the connect may really wait.
-    lock = context.locks.setdefault(key, asyncio.Lock())
-    async with lock:
-        session: SessionT | None = context.by_key.get(key)
-        if session is not None:
-            return session
-        token = _creating.set({**creating, key: lock})
-        try:
-            session = await connect.create_session()
-        finally:
-            _creating.reset(token)
-        if context.closed:
-            await session.close()
-            raise ContextClosedError
-        if (threshold := threshold_of(connect)) is not None:
-            detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
-        count_written(session)
-        context.put(key, session, is_made=True)
-        leave_open(session, context)
-        return session
+    make = _session_maker_at_hand(connect) if key not in context.locks else None
+    if make is None or key in context.by_key:
+        put = partial(_put, context, connect, threshold_of(connect), endpoint)
+        return await create_once(context, connect, put)
+    session: SessionT = make()
+    _put(context, connect, connect.leak_detection_threshold, endpoint, session)
+    return session
 
 
-# The locks of the creations in which this task is, or was started: it may outlive them.
-_creating: ContextVar[Mapping[str, asyncio.Lock]] = ContextVar(
-    "creating", default=MappingProxyType({})
-)
+def _session_maker_at_hand(connect: DBConnect[SessionT]) -> async_sessionmaker[SessionT] | None:
+    """Return the sessionmaker of a connect if there is nothing to wait for before."""
+    # A mock, and what a test has put in the place of a method, are asked in the ordinary way.
+    creates = getattr(connect.create_session, "__func__", None) is _CREATE
+    if not creates or getattr(connect.session_maker, "__func__", None) is not _SESSION_MAKER:
+        return None
+    return connect._engines.at_hand() if connect._before_create_session_handler is None else None
+
+
+def _put(
+    context: DBSessionContext,
+    connect: DBConnect[Any],
+    threshold: float | None,
+    endpoint: object,
+    session: AsyncSession,
+) -> None:
+    if threshold is not None:
+        detect_leaks(real_session(session), threshold, connect, context.request, endpoint)
+    count_written(session)
+    context.put(connect.context_key, session, is_made=True)
+    leave_open(session, context)
+
+
+_CREATE, _SESSION_MAKER = DBConnect.create_session, DBConnect.session_maker
