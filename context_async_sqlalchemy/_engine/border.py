@@ -4,7 +4,7 @@ Who is given an engine, a session or a connect asks here, and knows real ones on
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Engine, NullPool, create_engine
@@ -47,22 +47,11 @@ def given_session(session: AsyncSession) -> AsyncSession:
     return session.mock if isinstance(session, _StandIn) else session
 
 
-def note_settled(sessions: Iterable[AsyncSession]) -> None:
-    """Settle a mock once in a request: it says at any time that it is in a transaction.
-
-    One that was rolled back with a 404 would be committed when the body ends. A fake that tells the
-    truth is settled again.
-    """
-    for session in sessions:
-        if isinstance(session, _StandIn):
-            session.is_settled = session.is_settled or session.in_transaction()
-
-
 class _StandIn(AsyncSession):
     def __init__(self, mock: Any) -> None:
         super().__init__()
         self.mock = mock
-        self.is_settled = False
+        self.is_settled = False  # though the mock says at any time that it is in a transaction
 
     def __repr__(self) -> str:
         return repr(self.mock)
@@ -84,9 +73,11 @@ class _StandIn(AsyncSession):
 
     async def commit(self) -> None:
         await self.mock.commit()
+        self.is_settled = self.in_transaction()
 
     async def rollback(self) -> None:
         await self.mock.rollback()
+        self.is_settled = self.in_transaction()
 
     async def close(self) -> None:
         await self.mock.close()

@@ -143,9 +143,13 @@ def let_commit_tell(driver_connection: Any) -> None:
 class _TellsOfCommit:
     __slots__ = ()
 
-    async def execute(self, query: str, *args: Any, **options: Any) -> str:
-        tag: str = await super().execute(query, *args, **options)  # type: ignore[misc]
-        if tag == "ROLLBACK" and query == "COMMIT;":
+    def execute(self, query: str, *args: Any, **options: Any) -> Awaitable[str]:
+        executing = super().execute(query, *args, **options)  # type: ignore[misc]
+        return self._tell(executing) if query == "COMMIT;" else executing
+
+    async def _tell(self, committing: Awaitable[str]) -> str:
+        tag = await committing
+        if tag == "ROLLBACK":
             raise CommitWasRollbackError
         return tag
 

@@ -19,8 +19,8 @@ from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy._http.middleware import (
-    enter_request_context,
     has_context,
+    open_request_context,
 )
 from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.context import (
@@ -192,7 +192,9 @@ class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
         else:
             await self._serve(app, scope, receive, send)
 
-    def _open_context(self, scope: Scope) -> DBSessionContext:
+    @staticmethod
+    def open_context(scope: Scope, _: object = None) -> DBSessionContext:
+        """Make a context that is opened when a dependency is used."""
         context = scope[_ON_DEMAND] = _ContextOnDemand(scope)
         return context
 
@@ -207,7 +209,7 @@ async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
             "with 'add_fastapi_http_db_session_middleware(app)'; outside of a request use "
             "'async with new_db_session_ctx():' and 'await db_session(connect)'."
         )
-    enter_request_context(context, scope)
+    open_request_context(scope, context)
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
@@ -24,6 +24,13 @@ from context_async_sqlalchemy._unit.settle import (
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 
 _SCOPE_KEY = "context_async_sqlalchemy"
+
+
+def open_request_context(scope: Scope, context: DBSessionContext | None = None) -> DBSessionContext:
+    """Open a context for the request with this ASGI scope, and mark the scope as having one."""
+    context = scope[_SCOPE_KEY] = context or DBSessionContext(scope)
+    context.enter()
+    return context
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -84,6 +91,8 @@ class ASGIHTTPDBSessionMiddleware:
         self._is_nested = False  # for all that is known yet
         self._replay = Replay(self, attempts, replay_body_limit) if attempts != 1 else None
 
+    open_context = staticmethod(open_request_context)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or has_context(scope):
             if not self._is_nested and (context := scope.get(_SCOPE_KEY)) is not None:
@@ -101,39 +110,39 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def _serve(
         self,
-        app: Callable[[Scope, Receive, SettlingSend], Awaitable[None]],
+        app: ASGIApp,
         scope: Scope,
         receive: Receive,
         send: Send,
     ) -> None:
         """Call the application for a request, in a context of its own."""
-        context = self._open_context(scope)
+        context = self.open_context(scope)
         context.options = self._options
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
         scope[RECIPIENT] = settling
         try:
             try:
-                await app(scope, receive, settling)
+                await app(scope, receive, settling.forward)
             except Exception:
                 if settling.failure is None or settling.started:
                     raise
             if settling.failure is not None and not settling.started:
                 # What became of it inside does not matter: the application took it for a success.
                 settling.error = settling.answered = None
-                await self.respond_to_failure(settling.failure, scope, receive, settling)
+                await self.respond_to_failure(settling.failure, scope, receive, settling.forward)
         except BaseException as error:
             await abandon(context, error, has_answered=settling.started)
             raise
         else:
-            commit = settling.succeeded()
-            await finish(context, commit=commit, before_commit=self.before_commit)
+            if context.is_settled():
+                await context.end()
+            else:
+                commit = settling.succeeded()
+                await finish(context, commit=commit, before_commit=self.before_commit)
         finally:
             # The server's `send` may refer to the scope, and the error to all of this.
             scope.pop(RECIPIENT, None)
             settling.error = settling.answered = None
-
-    def _open_context(self, scope: Scope) -> DBSessionContext:
-        return open_request_context(scope)
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
@@ -149,21 +158,9 @@ def has_context(scope: Scope) -> bool:
     that is merely inherited is another client's: uvicorn starts a pipelined request from inside the
     task of the one before it.
     """
-    context = scope.get(_SCOPE_KEY)
-    return (context is not None and not context.closed) or is_test_context()
-
-
-def open_request_context(scope: Scope) -> DBSessionContext:
-    """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = scope[_SCOPE_KEY] = DBSessionContext(scope)
-    context.enter()
-    return context
-
-
-def enter_request_context(context: DBSessionContext, scope: Scope) -> None:
-    """Open a context that was made for the request with this ASGI scope."""
-    scope[_SCOPE_KEY] = context
-    context.enter()
+    if _SCOPE_KEY in scope and not scope[_SCOPE_KEY].closed:
+        return True
+    return is_test_context()
 
 
 def application_around(scope: Scope) -> object:

@@ -10,6 +10,7 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
+from context_async_sqlalchemy._http.hand_over import RECIPIENT
 from context_async_sqlalchemy._http.messages import ends_body
 from context_async_sqlalchemy._http.send import SettlingSend
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
@@ -104,19 +105,19 @@ class _Attempt:
         self.held = []
         self._is_repeatable = is_repeatable
 
-    async def __call__(self, scope: Scope, receive: Receive, send: SettlingSend) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
         self._context = current_context()
         watch_commits(self._context)
-        self._settling = send
+        self._settling = settling = scope[RECIPIENT]
         try:
             await self._app(scope, receive, self._answer)
         except BaseException as error:
-            self._look_at_commit(send)
+            self._look_at_commit(settling)
             is_answer = self.held and not isinstance(error, _ENDS_THE_TASK)
             if self.failure is None or self.sent or not (is_answer or isinstance(error, Exception)):
                 raise
         else:
-            self._look_at_commit(send)
+            self._look_at_commit(settling)
         if self.failure is not None and not self.sent:
             raise _NotAnswered  # which rolls back
 
@@ -161,7 +162,7 @@ class _Attempt:
                 # No connection is held while the rest of it is made.
                 await settle(current_context(), commit=False)
                 return
-        await settling(message)
+        await settling.forward(message)
 
 
 class _NotAnswered(BaseException):

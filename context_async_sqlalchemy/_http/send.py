@@ -10,13 +10,24 @@ from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     is_success,
-    settle_request,
+    settle,
 )
 from context_async_sqlalchemy.asgi_types import Message, Send
 
 
 class SettlingSend:
-    """The `send` that the application gets instead of the server's."""
+    """What the application sends, before the server gets it."""
+
+    # Most requests need but a few of these: as an attribute of the class, each costs nothing.
+    started = False
+    completed = False  # the last part of the body was sent
+    commit = False  # what the status of the response asks for
+    failure: Exception | None = None  # kept a response from starting
+    answered: BaseException | None = None  # what was handled while the answer was made
+    error: Exception | None = None  # with which the body has ended
+    is_cut_off = False  # the body has ended before its last part
+    _handed_over: int | None = None  # the status, by the application itself
+    _is_settled = False  # and what is open now is the body's
 
     def __init__(
         self,
@@ -29,29 +40,23 @@ class SettlingSend:
         self.send = send
         self.before_commit = before_commit
         self.commit_on = commit_on
-        self.started = False
-        self.completed = False  # the last part of the body was sent
-        self.commit = False  # what the status of the response asks for
-        self.failure: Exception | None = None  # kept a response from starting
-        self.answered: BaseException | None = None  # what was handled while the answer was made
         self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
-        self.error: Exception | None = None  # with which the body has ended
-        self._handed_over: int | None = None  # the status, by the application itself
-        self._is_settled = False  # and what is open now is the body's
-        self.is_cut_off = False  # the body has ended before its last part
 
-    async def __call__(self, message: Message) -> None:
+    # Not `__call__`, which Python calls in a slower way.
+    async def forward(self, message: Message) -> None:
+        """Send a message to the server."""
         if message["type"] == "http.response.start":
-            await self.settle_by(message["status"])
+            if (settling := self.settle_by(message["status"])) is not None:
+                await settling
             self.started = True
             self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
         elif self.started and ends_body(message):
             if self.error is not None:
                 raise self.error  # which another middleware has kept to itself
             if not self.is_cut_off:
-                if not self.context.is_settled():
+                if not self.context.is_settled() and not self.context.settles_late:
                     # A client that has the whole body must be able to rely on what it says.
-                    await self._settle(True)
+                    await settle(self.context, commit=True, before_commit=self.before_commit)
                 self.completed = True
         await self.send(message)
 
@@ -82,28 +87,30 @@ class SettlingSend:
         elif isinstance(error, Exception):  # or else somebody has no more use for it
             self.error = error
 
-    async def settle_by(self, status: int) -> None:
-        """Settle what is open, unless it is the body's, by the status of the response."""
+    def settle_by(self, status: int) -> Awaitable[None] | None:
+        """Settle what is open, unless it is the body's, by the status of the response.
+
+        Return what has to be waited for, if there is anything.
+        """
         if self.error is not None and (sys.exception() is self.error or status >= 400):
             # Another middleware answers it, and what the body has begun is of no use.
             self.error, self._is_settled = None, False
         self.commit = self.asks_for_commit(status)
         if self._is_settled and (self.commit or status == self._handed_over):
-            return
-        if not self.context.is_settled():
-            if not self.commit or self.context.rolls_back:
-                tell_of_lost_work(self.context, status)
-            try:
-                await self._settle(self.commit)
-            except Exception as error:
-                self.failure = error
-                raise
+            return None
+        if self.context.is_settled():
+            return None
+        if not self.commit or self.context.rolls_back:
+            tell_of_lost_work(self.context, status)
+        return self._settle() if not self.context.settles_late else None
 
     def asks_for_commit(self, status: int) -> bool:
         """Return whether a response with this status, made now, asks for a commit."""
         commit = self.commit_on(status)
         if not commit or self.commit_on is not is_success:
             return commit
+        if self.answered is None and sys.exception() is None:
+            return True
         # An exception handler, such as Starlette's, answers from within `except`. An exception that
         # is an answer itself, such as an HTTPException, goes by its status.
         error = self.handled_error()
@@ -124,9 +131,14 @@ class SettlingSend:
             )
         return self.completed and (self.commit or not self.context.settles_late)
 
-    async def _settle_handed_over(self, status: int) -> None:
-        await self.settle_by(status)
-        self._is_settled = not self.context.in_transaction()
+    async def _settle(self) -> None:
+        try:
+            await settle(self.context, commit=self.commit, before_commit=self.before_commit)
+        except Exception as error:
+            self.failure = error
+            raise
 
-    async def _settle(self, commit: bool) -> None:
-        await settle_request(self.context, commit=commit, before_commit=self.before_commit)
+    async def _settle_handed_over(self, status: int) -> None:
+        if (settling := self.settle_by(status)) is not None:
+            await settling
+        self._is_settled = not self.context.in_transaction()

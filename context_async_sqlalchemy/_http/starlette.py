@@ -90,7 +90,8 @@ async def starlette_http_db_session_middleware(
                 response = await call_next(request)
             finally:
                 request.scope.pop(RECIPIENT, None)
-            await settling.settle_by(response.status_code)
+            if (settled := settling.settle_by(response.status_code)) is not None:
+                await settled
         except Exception:
             if settling.failure is None:
                 raise

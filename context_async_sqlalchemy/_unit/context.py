@@ -1,8 +1,11 @@
 """A context: the sessions of one unit of work, and the context variable that points at it."""
 
+from __future__ import annotations
+
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 class _Held(NamedTuple):
     session: AsyncSession  # to be settled and closed
     is_made: bool  # by `db_session`: the context alone owns it
+    in_transaction: Callable[[], bool]
 
 
 class DBSessionContext:
@@ -28,24 +32,26 @@ class DBSessionContext:
     That of a request is made in the event loop that serves it, with its ASGI scope.
     """
 
+    # An attribute of the class costs a request nothing.
+    loop: asyncio.AbstractEventLoop | None = None
+    request: tuple[str, str] | None = None  # its method and path
+    options: Mapping[str, Any] = MappingProxyType({})  # of the middleware that opened it
+    app: object = None  # the application in which it was opened, if it is Starlette's
+    is_test = False  # a test opened it, and settles it
+    settles_late = False  # when the application has returned, not before
+    rolls_back = False  # whatever it would be settled with
+    closed = False
+    commits: CommitWatch | None = None  # watches its commits, if anything asks about them
+    token: Token[DBSessionContext | None] | None = None  # restores the context variable
+
     def __init__(self, scope: Mapping[str, Any] | None = None) -> None:
         # What `db_session` returns for each connect, by `context_key`: of the class that it makes.
         self.by_key: dict[str, Any] = {}
         self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.request: tuple[str, str] | None = None  # its method and path
-        self.options: Mapping[str, Any] = {}  # of the middleware that opened it
-        self.app: object = None  # the application in which it was opened, if it is Starlette's
         if scope is not None:  # not kept: it refers to the context
             self.loop = asyncio.get_running_loop()
             self.request = scope.get("method", ""), scope.get("path", "")
             self.app = scope.get("app")
-        self.is_test = False  # a test opened it, and settles it
-        self.settles_late = False  # when the application has returned, not before
-        self.rolls_back = False  # whatever it would be settled with
-        self.closed = False
-        self.commits: CommitWatch | None = None  # watches its commits, if anything asks about them
-        self.token: Token[DBSessionContext | None] | None = None  # restores the context variable
         # In the order they were made. A session that was closed or replaced by hand stays here:
         # somebody may still hold it and use it.
         self._held: list[_Held] = []
@@ -67,7 +73,7 @@ class DBSessionContext:
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
-        return [held.session for held in self._held if held.session.in_transaction()]
+        return [held.session for held in self._held if held.in_transaction()]
 
     def put(self, context_key: str, session: AsyncSession, is_made: bool = False) -> None:
         """Make `session` the session that `db_session` returns for a connect."""
@@ -77,7 +83,9 @@ class DBSessionContext:
             check_commits_of(real)
             if not is_made:
                 check_open_connections(real)
-            self._held.append(_Held(real, is_made))
+            # That of the stand-in for a mock, or else what the AsyncSession would call.
+            asked = real.sync_session if real is session else real
+            self._held.append(_Held(real, is_made, asked.in_transaction))
         if self.commits is not None:
             self.commits.watch(context_key, session)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -158,29 +158,37 @@ class CommitWatch:
             sync_session.info[AWAITED] = True
         self._waiting.append(_Waiting(run, context_key, transaction))
 
-    @contextmanager
-    def hold(self) -> Generator[None]:
-        """Let what becomes ready in this block wait until `run` is called."""
-        # Run between the commits of several databases, it would widen the gap between them.
-        self._is_holding = True
-        try:
-            yield
-        finally:
-            self._is_holding = False
+    async def settle(
+        self,
+        context: DBSessionContext,
+        commit: bool,
+        settle: Callable[[DBSessionContext, bool], Awaitable[None]],
+    ) -> None:
+        """Settle a context by `settle`, and run what has waited for its commits."""
+        is_unsettled = True
+        while is_unsettled:
+            try:
+                # Run between the commits of several databases, it would widen the gap between them.
+                self._is_holding = True
+                try:
+                    await settle(context, commit)
+                finally:
+                    self._is_holding = False
+                if commit:
+                    self._ready += [w.run for w in self._waiting if w.transaction is None]
+                self._drop(None)
+            finally:
+                has_run = await self._run()
+            # A callback may have written through a session that it has kept.
+            is_unsettled = has_run and commit and bool(context.in_transaction())
 
-    async def run(self) -> bool:
+    async def _run(self) -> bool:
         """Run what is ready, in order, even under cancellation; return whether there was any."""
         ready, self._ready = self._ready, []
         if ready:
             self.durable = True
             await run_to_completion(_run_each(ready))
         return bool(ready)
-
-    def settle(self, commit: bool) -> None:
-        """Make ready, or drop, what waits for a transaction that has not begun."""
-        if commit:
-            self._ready += [w.run for w in self._waiting if w.transaction is None]
-        self._drop(None)
 
     def _listeners(self) -> list[tuple[str, Callable[..., None]]]:
         return [
@@ -223,7 +231,7 @@ class CommitWatch:
         self._ready += [w.run for w in self._waiting if w.transaction is transaction]
         self._drop(transaction)
         if self._ready and not self._is_holding:
-            await_only(self.run())
+            await_only(self._run())
 
     def _drop(self, transaction: SessionTransaction | None) -> None:
         self._waiting = [w for w in self._waiting if w.transaction is not transaction]

@@ -25,14 +25,16 @@ def leave_open(session: AsyncSession, context: DBSessionContext) -> None:
     does one that ends after the context.
     """
     cls = type(session)
-    block = getattr(cls, "__aenter__", None), getattr(cls, "__aexit__", None)
-    if block != (_enter, _exit):
-        if block != (_ENTER, _EXIT):
-            return  # a mock, or whoever has written another block knows what it means
-        if cls not in _classes:
+    if cls not in _classes:
+        block = getattr(cls, "__aenter__", None), getattr(cls, "__aexit__", None)
+        if block == (_ENTER, _EXIT):
             _classes[cls] = _with_own_block(cls)
-        replace_class(session, _classes[cls])
-    session.info[_BLOCKS] = _Blocks(ref(context), [])  # a session may outlive it
+        elif block == (_enter, _exit):  # it is in a second context
+            _classes[cls] = cls
+        else:
+            return  # a mock, or whoever has written another block knows what it means
+    replace_class(session, _classes[cls])
+    session.sync_session.info[_BLOCKS] = _Blocks(ref(context), [])  # a session may outlive it
 
 
 class _Blocks(NamedTuple):

@@ -1,13 +1,14 @@
 """How a context is settled, its sessions committed or rolled back, and how a unit of work ends."""
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeAlias
 
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy._engine.border import given_session, note_settled
+from context_async_sqlalchemy._engine.border import given_session
 from context_async_sqlalchemy._engine.commits import check_open_connections
 from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
 from context_async_sqlalchemy._engine.log import logger
@@ -54,34 +55,14 @@ async def abandon(
     await finish(context, commit=False)
 
 
-async def settle_request(
+def settle(
     context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
-) -> None:
-    """Settle a request before its response starts or its body ends, unless it asked for later."""
-    if not context.settles_late:
-        await settle(context, commit=commit, before_commit=before_commit)
-        note_settled(context.sessions)
-
-
-async def settle(
-    context: DBSessionContext, *, commit: bool, before_commit: BeforeCommitCallback | None = None
-) -> None:
+) -> Coroutine[Any, Any, None]:
     """Commit or roll back what is open in a context now."""
     commit = commit and not context.rolls_back
-    commits = context.commits
-    if commits is None:
-        await _settle(context, commit, before_commit)
-        return
-    is_unsettled = True
-    while is_unsettled:
-        try:
-            with commits.hold():
-                await _settle(context, commit, before_commit)
-            commits.settle(commit)
-        finally:
-            has_run = await commits.run()
-        # A callback may have written through a session that it has kept.
-        is_unsettled = has_run and commit and bool(context.in_transaction())
+    if context.commits is None:
+        return _settle(context, commit, before_commit)
+    return context.commits.settle(context, commit, partial(_settle, before_commit=before_commit))
 
 
 async def commit_session(session: AsyncSession) -> None:
@@ -118,12 +99,13 @@ async def _commit(
 ) -> None:
     committed: list[AsyncSession] = []
     try:
-        await _flush(sessions)
         if before_commit is not None:
+            if len(sessions) > 1:
+                await _flush(sessions)
             await _call_before_commit(context, before_commit)
             sessions = context.in_transaction()
-            await _flush(sessions)
         if len(sessions) > 1:
+            await _flush(sessions)
             # A cancellation between two commits would leave one database without the other.
             await run_to_completion(_commit_each(context, committed))
         else:
@@ -141,9 +123,8 @@ async def _commit(
 
 async def _flush(sessions: list[AsyncSession]) -> None:
     # What can fail should fail before anything is durable. A single session flushes as it commits.
-    if len(sessions) > 1:
-        for session in sessions:
-            await session.flush()
+    for session in sessions:
+        await session.flush()
 
 
 async def _call_before_commit(
