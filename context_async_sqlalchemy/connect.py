@@ -96,7 +96,7 @@ class DBConnect(Generic[SessionT_co]):
 
         PostgreSQL with asyncpg: the query of the URL may have what is in the URLs of hosted
         databases: `sslmode`, `sslrootcert`, `options`, `connect_timeout` and others of libpq's.
-        Only `sslmode=verify-full` verifies the server: `channel_binding` is dropped.
+        Only `sslmode=verify-full` verifies the server; asyncpg has no channel binding.
 
         SQLite: savepoints, reads and DDL belong to the transaction; foreign keys are enforced; a
         writer waits up to 5 seconds for another one. A transaction that reads before it writes

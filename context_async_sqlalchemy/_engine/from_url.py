@@ -8,8 +8,8 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from context_async_sqlalchemy._engine.libpq import translate_libpq_url
-from context_async_sqlalchemy._engine.log import hide_password
+from context_async_sqlalchemy._engine.libpq import lets_impostors_in, translate_libpq_url
+from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
 from context_async_sqlalchemy._engine.sqlite import prepare_sqlite
@@ -61,6 +61,13 @@ def creators_from_url(
 
     # An error is raised now, not when the first session is made.
     make_session_maker(make_engine(None))()
+    if database.get_dialect().driver == "asyncpg" and lets_impostors_in(
+        database, engine_options.get("connect_args", {})
+    ):
+        logger.warning(
+            "asyncpg has no channel binding, which the URL requires: whoever answers in place of "
+            "the server may get the password. Say sslmode=verify-full in the URL"
+        )
     return make_engine, make_session_maker, database.host or None
 
 

@@ -1,7 +1,8 @@
 """Translates the query of a URL made for libpq to arguments of asyncpg."""
 
+import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -30,21 +31,23 @@ _DROPPED = {
 def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
     """Move what asyncpg cannot read in a URL's query into arguments of `asyncpg.connect()`.
 
-    `channel_binding` is dropped, even `require`: asyncpg has none. Only `sslmode=verify-full` keeps
-    the password from an impostor then. What asyncpg does not support is a `ValueError`.
+    `channel_binding` is dropped, even `require`: see `lets_impostors_in`. What asyncpg does not
+    support, and what is said twice with different values, is a `ValueError`.
     """
     kept: dict[str, str | tuple[str, ...]] = {}
     arguments: dict[str, Any] = {}
     settings: dict[str, str] = {}
     tls: dict[str, str] = {}
     for key, values in url.query.items():
-        value = values if isinstance(values, str) else values[-1]
         if key in _READ_BY_SQLALCHEMY:
             kept[key] = values
-        elif not value:
+            continue
+        value = _one_value(key, values)
+        if not value:
             continue  # to libpq, an empty value is the default
-        elif key in _TLS_KEYS or key == "ssl":  # SQLAlchemy's documentation says ssl=
-            tls["sslmode" if key == "ssl" else key] = value
+        if key in _TLS_KEYS or key == "ssl":  # SQLAlchemy's documentation says ssl=
+            name = "sslmode" if key == "ssl" else key
+            tls[name] = _one_value("sslmode and ssl", (tls.get(name, value), value))
         elif key in _SERVER_SETTINGS:
             settings[key] = value
         elif key in _ARGUMENTS:
@@ -55,7 +58,32 @@ def translate_libpq_url(url: URL) -> tuple[URL, dict[str, Any]]:
             raise ValueError(f"asyncpg does not support {said!r}, which is in the URL's query")
     if settings:
         arguments["server_settings"] = settings
-    return url.set(query=kept), arguments | _tls_arguments(tls)
+    arguments |= _tls_arguments(tls)
+    # asyncpg 0.30 takes it with sslmode=prefer, and would do without TLS.
+    is_weak = "ssl" not in arguments and tls.get("sslmode", "prefer") in _SSL_MODES[:3]
+    if is_weak and arguments.get("direct_tls"):
+        raise ValueError("sslnegotiation=direct needs sslmode=require, or a stronger one")
+    return url.set(query=kept), arguments
+
+
+def lets_impostors_in(url: URL, connect_args: Mapping[str, Any]) -> bool:
+    """Return whether a URL relies on `channel_binding=require`, and does not verify the server."""
+    query = url.normalized_query
+    if "require" not in query.get("channel_binding", ()):
+        return False
+    if "ssl" in connect_args:
+        given = connect_args["ssl"]
+        return not (given in (True, "verify-full") or getattr(given, "check_hostname", False))
+    modes = (*query.get("sslmode", ()), *query.get("ssl", ())) or (os.environ.get("PGSSLMODE"),)
+    return "verify-full" not in modes and "system" not in query.get("sslrootcert", ())
+
+
+def _one_value(key: str, values: str | Sequence[str]) -> str:
+    # libpq takes the last one, which may be the weaker one.
+    value, *others = [values] if isinstance(values, str) else set(values)
+    if others:
+        raise ValueError(f"the URL's query has different values for {key}: leave one of them")
+    return value
 
 
 def _tls_arguments(tls: dict[str, str]) -> dict[str, Any]:

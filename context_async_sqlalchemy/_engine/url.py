@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.dialects.postgresql.base import PGDialect
@@ -16,7 +16,13 @@ _ASYNC_DRIVERS = {
 }
 
 # Several hosts, as libpq takes them: SQLAlchemy would take the second one for a part of a port.
-_SEVERAL_HOSTS = re.compile(r"(?s)([\w+]+://(?:[^:/]*(?::[^@]*)?@)?)([^/?@]*,[^/?@]*)([/?].*)?")
+_SEVERAL_HOSTS = re.compile(r"(?s)([\w+]+://(?:[^:/]*(?::[^@]*)?@)?)([^/?@,]*,[^/?@]*)([/?].*)?")
+
+# Of libpq's, those that it refuses without a value. To ignore `sslmode=` would turn TLS off.
+_NEVER_EMPTY = {"sslmode", "ssl", "sslnegotiation", "channel_binding", "gssencmode"} | {
+    "target_session_attrs",
+    "connect_timeout",
+}
 _UNREADABLE = (
     "the database URL cannot be read: it should be like "
     "'postgresql://user:password@host:5432/database'"
@@ -30,6 +36,8 @@ def parse_url(url: str | URL, password: str | None = None) -> URL:
     cannot be used is a `TypeError` or a `ValueError`, whose message shows no password.
     """
     parsed = _hide_password(_read_host(_choose_driver(_read_url(url))))
+    if issubclass(parsed.get_dialect(), PGDialect):
+        _check_values(url)
     if password is not None and not isinstance(password, str):
         raise TypeError(f"password must be a str, not {type(password).__name__}")
     if password:
@@ -83,6 +91,16 @@ def _read_url(url: str | URL) -> URL:
             "password, or give the password apart"
         )
     return parsed
+
+
+def _check_values(url: str | URL) -> None:
+    if isinstance(url, URL):
+        pairs = [(key, value) for key, values in url.normalized_query.items() for value in values]
+    else:  # SQLAlchemy leaves out what has no value
+        pairs = parse_qsl(url.rpartition("?")[2], keep_blank_values=True)
+    for key, value in pairs:
+        if key in _NEVER_EMPTY and not value:
+            raise ValueError(f"{key} has no value in the URL's query: give it one, or leave it out")
 
 
 def _choose_driver(url: URL) -> URL:

