@@ -2,28 +2,49 @@
 
 import logging
 import re
+from urllib.parse import quote
 
 logger = logging.getLogger("context_async_sqlalchemy")
 
-_USER = re.compile(r"://[^:@\s]*:")
-# Of a URL's query, of libpq's "key = 'value'", or of ODBC's "KEY={value};". What is not closed is
-# hidden to its end, not searched for again from the next place.
+# A text may quote what a client has sent, megabytes of it.
+_LONGEST = 10_000
+
+# What stands after password=, 'password': or PWD=, in quotes, braces (ODBC) or neither; of what is
+# not closed, all. No part can be matched in two ways, so that each character is read once.
 _SECRET = re.compile(
-    r"((?:passw(?:or)?d|pwd|secret|scram_(?:client|server)_key)\s*+=\s*+)"
-    r"('(?:\\.|[^'\\])*+(?:'|\\?\Z)|\{[^}]*+(?:\}|\Z)|[^&\s]*)",
-    re.IGNORECASE | re.DOTALL,
+    r"""(?:passw(?:or)?d|passphrase|pwd|secret|scram_(?:client|server)_key)\w{0,20}+['"]?+\s*+
+    (?:[=:,]?+\s*+(?:Secret\w{0,9}+\()?+[bru]{0,2}+
+        (?P<quoted>'(?:\\.|''|[^'\\])*+(?:'|\\?\Z)|"(?:\\.|[^"\\])*+(?:"|\\?\Z))
+    |=\s*+(?P<braced>\{(?:\}\}|[^}])*+(?:\}|\Z))
+    |[=:]\s*+(?!(?:YES|NO)\))(?P<bare>[^&\s]++))  # "using password: YES", MySQL says
+    """,
+    re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
 
 
 def hide_password(text: str, password: str | None = None) -> str:
-    """Replace every password in the URLs of `text`, and this one, by ***."""
-    if password:
-        text = text.replace(password, "***")
-    return _SECRET.sub(r"\1***", "\n".join(map(_hide_in_urls, text.split("\n"))))
+    """Replace what may be a password in `text`, and this one, by ***; cut what is too long.
+
+    Between a user's colon and the last @ of the text, everything may be one: who has written a
+    password may have left in it an @, a slash, a blank or the end of a line.
+    """
+    spans = [_span_in_url(text)]
+    spans += [match.span(match.lastgroup or 0) for match in _SECRET.finditer(text, 0, _LONGEST)]
+    for known in {password, quote(password, safe=""), repr(password)[1:-1]} if password else ():
+        end = _LONGEST + len(known)  # of which a part may be before the cut
+        spans += [match.span() for match in re.finditer(re.escape(known), text[:end])]
+    shown, last = "", 0
+    for start, end in sorted(spans):
+        if end > last and start < _LONGEST:
+            shown += text[last:start] + "***" if start >= last else ""
+            last = end
+    shown += text[last:_LONGEST]
+    return shown if len(text) <= _LONGEST else f"{shown}… ({len(text)} characters)"
 
 
-def _hide_in_urls(line: str) -> str:
-    # To the last @: one in the password may not be percent-encoded.
-    before, at, rest = line.rpartition("@")
-    user = _USER.search(before) if at else None
-    return f"{before[: user.end()]}***@{rest}" if user is not None else line
+def _span_in_url(text: str) -> tuple[int, int]:
+    at = text.rfind("@")
+    colon = text.find(":", 0, max(at, 0))
+    if text.startswith("://", colon):
+        colon = text.find(":", colon + 3, at)
+    return (colon + 1, at) if colon >= 0 else (0, 0)
