@@ -60,7 +60,20 @@ def creators_from_url(
         return async_sessionmaker(engine, **session_options)
 
     # An error is raised now, not when the first session is made.
-    make_session_maker(make_engine(None))()
+    try:
+        make_session_maker(make_engine(None))()
+        is_ambiguous = False
+    except ValueError:
+        is_ambiguous = any(
+            "@" in value for values in database.normalized_query.values() for value in values
+        )
+        if not is_ambiguous:
+            raise
+    if is_ambiguous:  # not in the except clause: what is in the query may be a password
+        raise ValueError(
+            "the database URL cannot be used: something in its query is not supported, or belongs "
+            "to a password with an @, for which %40 is written"
+        )
     if database.get_dialect().driver == "asyncpg" and lets_impostors_in(
         database, engine_options.get("connect_args", {})
     ):

@@ -51,6 +51,8 @@ def set_host(url: URL, host: str | None) -> URL:
     """Put another host, or "host:port", into a URL; None leaves it."""
     if host is None or host == url.host:
         return url
+    if "@" in host[1:]:  # the first character may be that of an abstract socket
+        raise ValueError("a host has no user and no password: write 'host' or 'host:port'")
     if url.get_backend_name() == "sqlite":
         raise ValueError(f"an SQLite database is a file, and has no host {host!r}")
     url = url.difference_update_query(["host", "port"])

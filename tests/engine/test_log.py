@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
@@ -71,7 +72,7 @@ def libpq(secret: str) -> str:
     return f"host=db password = '{escaped}' user=app"
 
 
-PLACES = {
+PLACES: dict[str, tuple[st.SearchStrategy[str], Callable[[str], str]]] = {
     "url": (ANY, lambda secret: f"postgresql://a user:{secret}@db:5432/shop?x=y"),
     "no scheme": (ANY, lambda secret: f"app:{secret}@db"),
     "query": (NO_BLANK, lambda secret: f"h/db?user=app&password={secret}&x=y"),

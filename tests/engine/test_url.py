@@ -163,6 +163,28 @@ async def test_the_password_of_a_key_is_not_shown() -> None:
         assert SECRET not in repr(connect.engine)
 
 
+@pytest.mark.parametrize(
+    "query",
+    ["sslmode={}", "{}=1", "{}", "x=1&{}=2", "connect_timeout={}", "gssencmode={}", "port={}"],
+)
+def test_the_rest_of_a_password_is_not_shown_where_it_is_taken_for_a_query(query: str) -> None:
+    with pytest.raises(ValueError, match="@") as caught:
+        DBConnect.from_url(f"postgresql://user:a@b?{query.format(SECRET)}@host/db")
+    assert SECRET not in "".join(map(str, chain_of(caught.value)))
+
+
+@pytest.mark.parametrize("url", ["postgresql://u@h/db", "sqlite://"])
+async def test_a_host_with_a_password_is_refused_and_not_shown(url: str) -> None:
+    async with DBConnect.from_url(url) as connect:
+        with pytest.raises(ValueError, match="a host has no user and no password") as caught:
+            await connect.change_host(f"user:{SECRET}@h")
+        assert SECRET not in str(caught.value)
+
+
+def test_an_at_sign_in_a_value_is_no_mistake() -> None:
+    DBConnect.from_url("postgresql://u:p@h/db?application_name=a@b")
+
+
 # Whatever somebody may write.
 
 PIECES = st.sampled_from(
