@@ -109,11 +109,11 @@ class DBConnect(Generic[SessionT_co]):
                 gets asyncpg, `sqlite` aiosqlite, `mysql` and `mariadb` asyncmy.
             password: The password, not percent-encoded. Default None: the one in the URL.
             **options: Those of `sqlalchemy.create_engine()` that are of use here, with its
-                defaults: `pool_size`, `max_overflow`, `pool_timeout`, `pool_recycle`,
-                `pool_pre_ping`, `isolation_level`, `connect_args`, `echo`, and so on; and:
+                defaults: `pool_size`, `pool_timeout`, `echo`, `connect_args` and so on; and:
 
                 - `before_create_session_handler`: As for `DBConnect`. `change_host` replaces the
                   host of the URL, and with "host:port" its port. Default None.
+                - `hide_parameters`: Keep parameters out of errors. Default True; False with `echo`.
                 - `session_options`: What `async_sessionmaker` takes, such as a `class_` of your
                   own; `expire_on_commit` is False unless it is given here. Default None.
                 - `ping_after_idle`: With `pool_pre_ping=True`, ping a connection only if it was

@@ -42,6 +42,8 @@ def creators_from_url(
     idle_timeout, min_idle = options.pop("idle_timeout", None), options.pop("min_idle", 0)
     # What is left, and what nobody knows, which `create_engine` refuses.
     engine_options = cast("EngineOptions", options)
+    # echo shows them, and is asked for. `error.params` has them in any case.
+    engine_options.setdefault("hide_parameters", not engine_options.get("echo"))
     if idle_timeout is not None:
         _check_idle_options(database, idle_timeout, min_idle, engine_options.get("poolclass"))
         engine_options.setdefault("pool_use_lifo", True)

@@ -14,7 +14,13 @@ from sqlalchemy import URL, NullPool, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
+from context_async_sqlalchemy import (
+    DBConnect,
+    db_session,
+    new_db_session_ctx,
+    new_non_ctx_session,
+    on_commit,
+)
 from tests.helpers.asgi import add
 from tests.helpers.database import Database
 from tests.helpers.models import Item
@@ -196,6 +202,38 @@ async def test_the_password_is_shown_nowhere(
     assert "not ready (attempt 2 of 2)" in told
     for secret in (SECRET, "pa%40ss", "pa@ss"):
         assert secret not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shown"),
+    [
+        ({}, False),
+        ({"echo": True}, True),
+        ({"hide_parameters": False}, True),
+        ({"echo": True, "hide_parameters": True}, False),
+    ],
+)
+async def test_parameters_are_hidden_unless_they_are_asked_for(
+    database_url: URL, caplog: pytest.LogCaptureFixture, options: dict[str, Any], is_shown: bool
+) -> None:
+    value = "tell" + "tale"  # a traceback shows the lines of this file
+
+    async def fail() -> None:
+        async with new_non_ctx_session(connect) as session:
+            question = text("SELECT 1 FROM missing WHERE name = :name")
+            await session.execute(question, {"name": value})
+
+    async with DBConnect.from_url(database_url, **options) as connect:
+        with pytest.raises(DBAPIError) as caught:
+            await fail()
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            await session.execute(text("SELECT 1"))
+            on_commit(connect, fail)  # whose error is logged
+    assert "missing" in caplog.text
+    assert (value in caplog.text) is is_shown
+    assert (value in str(caught.value)) is is_shown
+    assert value in str(caught.value.params)
 
 
 async def test_null_pool_is_counted_too(database_url: URL) -> None:
