@@ -1,8 +1,9 @@
-"""Settings from the environment: those for development, and those for production."""
+"""Settings from the environment: those for production, and those for development."""
 
 import os
+import secrets
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -12,7 +13,8 @@ class Settings(BaseSettings):
     # Otherwise pydantic's error for a missing setting would show the values of the others.
     model_config = SettingsConfigDict(hide_input_in_errors=True)
 
-    jwt_secret: SecretStr = SecretStr("known to everybody, for development only")
+    # Made anew by each process: one that stood here would be known to everybody.
+    jwt_secret: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_hex(32)))
     database_url: SecretStr = SecretStr("sqlite:///tasks.db")
     database_echo: bool = True
     database_pool_size: int = 2
@@ -23,7 +25,7 @@ class Settings(BaseSettings):
 
 
 class ProductionSettings(Settings):
-    """Production: secrets have no default."""
+    """Production, unless the environment says otherwise: secrets have no default."""
 
     jwt_secret: SecretStr = Field(min_length=32)
     database_url: SecretStr
@@ -36,11 +38,15 @@ class ProductionSettings(Settings):
 
 
 def load_settings() -> Settings:
-    environment = os.environ.get("ENVIRONMENT", "development")
+    environment = os.environ.get("ENVIRONMENT", "production")
     if environment not in ("development", "production"):
         raise ValueError(f"ENVIRONMENT must be development or production, not {environment!r}")
     settings: type[Settings] = Settings if environment == "development" else ProductionSettings
-    return settings()
+    try:
+        return settings()
+    except ValidationError as error:
+        error.add_note("On your own machine, ENVIRONMENT=development has defaults for the rest.")
+        raise
 
 
 settings = load_settings()

@@ -110,7 +110,10 @@ def test_a_block_is_of_a_kind_that_is_checked() -> None:
 
 
 @pytest.mark.parametrize(("page", "line"), [*COMMANDS, *INLINE])
-def test_what_a_command_names_exists(page: Path, line: str) -> None:
+def test_what_a_command_names_exists(
+    page: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENVIRONMENT", "development")  # for what it imports
     words = shlex.split(line, comments=True)
     while words and "=" in words[0]:  # the environment
         words = words[1:]

@@ -383,6 +383,26 @@ async def test_a_production_setting_that_is_missing_is_an_error_at_start_up() ->
     assert "ENVIRONMENT must be development or production, not 'prod'" in errors
 
 
+async def test_without_a_word_it_is_production_and_no_secret_has_a_default() -> None:
+    status, errors = await run_command()
+    assert status == 1
+    assert "2 validation errors for ProductionSettings\njwt_secret\n  Field required" in errors
+    assert "database_url\n  Field required" in errors
+    assert "ENVIRONMENT=development has defaults" in errors
+
+
+def test_the_secret_of_development_is_known_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JWT_SECRET", raising=False)
+    known = set()
+    for _ in range(2):
+        load_anew(monkeypatch)
+        from examples.sqlmodel_tasks.settings import settings
+
+        known.add(settings.jwt_secret.get_secret_value())
+    assert len(known) == 2
+    assert min(map(len, known)) >= 32
+
+
 def test_production_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {"JWT_SECRET": "x" * 32, "DATABASE_URL": "postgresql://app:hunter2@h/tasks"}
     for variable in "DATABASE_ECHO", "DATABASE_POOL_SIZE":
@@ -416,6 +436,7 @@ async def test_the_command_migrates_and_serves(
         await example.execute("DROP TABLE task", "DROP TABLE category", "DROP TABLE user_account")
         await example.execute("DELETE FROM alembic_version")
         command = "examples.sqlmodel_tasks --port {port}"
+        # `tasks_example` has set the rest of its environment.
         with running_module(command, tmp_path / "log", DATABASE_URL=url) as port:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
                 ann = await sign_up(client, "ann")

@@ -106,7 +106,7 @@ async def tasks_example(monkeypatch: pytest.MonkeyPatch, url: str) -> AsyncGener
 
 def load_anew(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
     """Have the example imported anew, with variables of the environment."""
-    for variable, value in environment.items():
+    for variable, value in ({"ENVIRONMENT": "development"} | environment).items():
         monkeypatch.setenv(variable, value)
     for name in list(sys.modules):
         if name.startswith(PACKAGES) and name != MODELS:
