@@ -6,6 +6,7 @@ Arguments are passed to uvicorn, such as `--port 8001`.
 """
 
 import os
+import secrets
 import signal
 import sys
 from contextlib import ExitStack
@@ -28,6 +29,9 @@ def main() -> None:
             for name, server, url in zip(("primary", "replica"), servers, urls, strict=True):
                 print(f"{name}: {url} in {server.data}", file=sys.stderr)
         hosts = [f"{url.host}:{url.port or 5432}" for url in map(make_url, urls)]
+        os.environ.setdefault(
+            "COOKIE_SECRET", secrets.token_hex()
+        )  # of all workers, with --workers
         os.environ.update(DATABASE_URL=urls[0], DATABASE_HOSTS=",".join(hosts))
         uvicorn.main(["examples.how_to.replicas:app", *sys.argv[1:]])
 
