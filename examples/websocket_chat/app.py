@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, Query, WebSocket, WebSocketDisconnect, status
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 from sqlalchemy import CheckConstraint, select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, on_commit
@@ -43,11 +42,19 @@ class Message(Base):
         return {"id": self.id, "author": self.author, "body": self.body}
 
 
+# JSON and URLs may contain NUL, which PostgreSQL refuses.
+WITHOUT_NUL = r"^[^\x00]*$"
+
+
 class Draft(BaseModel):
     """A message as a client sends it."""
 
-    author: str
-    body: str
+    author: Annotated[str, StringConstraints(min_length=1, max_length=40, pattern=WITHOUT_NUL)]
+    body: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=WITHOUT_NUL)]
+
+
+LONGEST = 8192  # of a draft as JSON, where a character may take twelve
+REFUSED = {"error": "A name has 1 to 40 characters, a message 1 to 500, without NUL."}
 
 
 @asynccontextmanager
@@ -62,7 +69,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 app = FastAPI(lifespan=lifespan)
 add_fastapi_http_db_session_middleware(app)  # for the history; WebSockets pass through it
 
-Room = Annotated[str, Query(min_length=1, max_length=40)]
+Room = Annotated[str, Query(min_length=1, max_length=40, pattern=WITHOUT_NUL)]
 
 
 @app.get("/")
@@ -79,25 +86,44 @@ async def history(room: Room) -> list[dict[str, Any]]:
 
 @app.websocket("/chat")
 async def chat(websocket: WebSocket, room: Room) -> None:
+    if not is_own_page(websocket):
+        await websocket.close(status.WS_1008_POLICY_VIOLATION)
+        return
     await websocket.accept()
     try:
         with joined(room) as outbox:
             async with asyncio.TaskGroup() as tasks:
                 delivery = tasks.create_task(deliver(outbox, websocket))
-                async for text in websocket.iter_text():
-                    outbox.put_nowait(await answer(room, text))
+                async for frame in frames(websocket):
+                    # Who does not read the answers is not read from either.
+                    await outbox.put(await answer(room, frame))
                 delivery.cancel()
     except* (WebSocketDisconnect, TimeoutError):
         logging.info("A client left, or did not read")
 
 
-async def answer(room: str, text: str) -> dict[str, Any]:
+def is_own_page(websocket: WebSocket) -> bool:
+    """Return whether no page of another site connects: a browser would let it."""
+    origin = websocket.headers.get("origin")  # other clients than browsers send none
+    return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
+
+
+async def frames(websocket: WebSocket) -> AsyncGenerator[str | bytes]:
+    while (message := await websocket.receive())["type"] == "websocket.receive":
+        yield message.get("text") or message.get("bytes") or ""
+
+
+async def answer(room: str, frame: str | bytes) -> dict[str, Any]:
     """Store one message, and return the answer to its sender."""
+    if len(frame) > LONGEST:
+        return REFUSED
+    try:
+        draft = Draft.model_validate_json(frame)
+    except ValidationError:
+        return REFUSED
     try:
         async with new_db_session_ctx():
-            await say(room, Draft.model_validate_json(text))
-    except (ValidationError, IntegrityError):
-        return {"error": "A name has 1 to 40 characters, a message 1 to 500."}
+            await say(room, draft)
     except Exception:
         logging.exception("A message failed")
         return {"error": "Your message could not be stored. Try again."}

@@ -20,8 +20,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from sqlalchemy import text
+from sqlalchemy import event, text
 from websockets.asyncio.client import ClientConnection, connect as connect_websocket
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from examples.websocket_chat import rooms
 from tests.helpers.connections import connections_out
@@ -31,7 +32,7 @@ from tests.helpers.servers import running_module
 from tests.helpers.serving import serve
 
 BODIES = "SELECT body FROM chat_message ORDER BY id"
-COMMAND = "uvicorn examples.websocket_chat.app:app --ws wsproto --port {port}"
+COMMAND = "uvicorn examples.websocket_chat.app:app --ws wsproto --ws-max-size 16384 --port {port}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -104,15 +105,20 @@ async def test_a_message_is_heard_in_its_room_once_it_is_committed(
         json.dumps({"author": "x" * 41, "body": "hello"}),
         '{"author": "ann", "body": "\\ud800"}',
         '{"author": "ann"}',
+        '{"author": "ann", "body": "a\\u0000b"}',
+        '{"author": "a\\u0000b", "body": "hello"}',
         "nonsense",
+        b"\xff",
     ],
 )
 async def test_what_has_no_sense_is_told_to_its_sender_only(
-    port: int, url: str, message: str
+    port: int, url: str, message: str | bytes
 ) -> None:
     async with enter(port, "tea") as ann, enter(port, "tea") as bob:
         await ann.send(message)
-        assert await heard(ann) == {"error": "A name has 1 to 40 characters, a message 1 to 500."}
+        assert await heard(ann) == {
+            "error": "A name has 1 to 40 characters, a message 1 to 500, without NUL."
+        }
         await send(ann, "x" * 500)
         assert await heard(bob) == await heard(ann) == "x" * 500
     assert await Outside(url).rows(BODIES) == ["x" * 500]
@@ -148,7 +154,8 @@ async def test_the_history_is_the_newest_of_the_room(port: int, url: str) -> Non
         assert [message["body"] for message in messages] == [str(n) for n in range(5, 55)]
         assert messages[0].keys() == {"id", "author", "body"}
         assert (await client.get("/messages", params={"room": "empty"})).json() == []
-        assert (await client.get("/messages")).status_code == 422
+        for query in ("", "?room=", "?room=%00", f"?room={'x' * 41}"):
+            assert (await client.get(f"/messages{query}")).status_code == 422
 
 
 async def test_a_client_that_does_not_read_is_given_up_and_holds_nobody_up(
@@ -166,6 +173,72 @@ async def test_a_client_that_does_not_read_is_given_up_and_holds_nobody_up(
         await send(bob, "still here")
         assert await heard(bob) == "still here"
         websocket.transport.abort()
+
+
+async def test_a_client_that_falls_too_far_behind_is_given_up(port: int) -> None:
+    async with enter(port, "tea") as ann:
+        await until(lambda: rooms.members)
+        for _ in range(rooms.UNREAD + 1):
+            rooms.broadcast("tea", {"body": "x"})
+        assert rooms.members == {}
+        async with asyncio.timeout(10):
+            with pytest.raises(ConnectionClosed):
+                await ann.recv()
+
+
+async def test_a_client_that_writes_and_does_not_read_fills_no_memory(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "SLOW", 0.5)
+    waiting = 0
+
+    def is_given_up() -> bool:
+        nonlocal waiting
+        for outbox in rooms.members.get("tea", ()):
+            waiting = max(waiting, outbox.qsize())
+        return not rooms.members
+
+    async with enter(port, "tea", max_queue=1, compression=None) as ann:
+        await until(lambda: rooms.members)
+        for _ in range(50):  # more than the buffers in between hold
+            rooms.broadcast("tea", {"body": "x" * 500_000})
+
+        async def flood() -> None:
+            while True:
+                await ann.send("nonsense")
+
+        flooding = asyncio.create_task(flood())
+        await until(is_given_up)
+        flooding.cancel()
+        ann.transport.abort()
+    assert 0 < waiting <= rooms.UNREAD
+
+
+async def test_a_message_that_is_far_too_long_does_not_get_to_the_database(
+    port: int, chat: Any
+) -> None:
+    statements: list[str] = []
+    async with enter(port, "tea") as ann:
+        listen = event.listens_for(chat.connect.engine.sync_engine, "before_cursor_execute")
+        listen(lambda _, __, statement, *___: statements.append(statement))
+        for body in ("x" * 1_000_000, "x" * 501):
+            await send(ann, body)
+            assert "error" in await heard(ann)
+        await ann.send(json.dumps({"author": "ann", "body": "x"}) + " " * 10_000)
+        assert "error" in await heard(ann)
+        assert statements == []
+        await send(ann, "\U0001f600" * 500)
+        assert await heard(ann) == "\U0001f600" * 500
+        assert statements
+
+
+async def test_a_page_of_another_site_is_refused(port: int) -> None:
+    for origin in ("https://elsewhere.example", f"http://127.0.0.1:{port}.example", "null"):
+        with pytest.raises(InvalidStatus, match="403"):
+            await enter(port, "tea", origin=origin)
+    async with enter(port, "tea", origin=f"http://127.0.0.1:{port}") as ann:
+        await send(ann, "hello")
+        assert await heard(ann) == "hello"
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -278,7 +351,7 @@ def test_a_message_that_failed_is_kept_for_another_try(
     # As a browser would that does not keep to maxlength.
     page.run("document.getElementById('body').maxLength = 1000")
     page.say("x" * 501)
-    page.shows("error", "A name has 1 to 40 characters, a message 1 to 500.")
+    page.shows("error", "A name has 1 to 40 characters, a message 1 to 500, without NUL.")
     assert page.run("return document.getElementById('body').value") == "x" * 501
     page.say("short")
     page.shows("log", "Ann\nshort")
