@@ -206,6 +206,7 @@ async def test_a_client_that_writes_and_does_not_read_fills_no_memory(
         async def flood() -> None:
             while True:
                 await ann.send("nonsense")
+                await asyncio.sleep(0)  # the server is in this loop, too
 
         flooding = asyncio.create_task(flood())
         await until(is_given_up)
