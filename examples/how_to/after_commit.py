@@ -60,7 +60,7 @@ async def conflict(_: Request, __: Exception) -> JSONResponse:
 
 
 async def send_mail(to: str, subject: str) -> None:
-    logging.info("%s: %s", to, subject)  # call your mail service here
+    logging.info("%r: %s", to, subject)  # call your mail service here
 
 
 @app.post("/members/{email}", status_code=201)

@@ -5,8 +5,9 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Annotated
 
-from fastapi import BackgroundTasks, FastAPI, Response
+from fastapi import BackgroundTasks, FastAPI, Query, Response
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import (
@@ -70,8 +71,11 @@ async def add_document(name: str, body: str, background: BackgroundTasks) -> Non
     background.add_task(count_words, name)
 
 
+Names = Annotated[str, Query(pattern="^[^,]+(,[^,]+){0,99}$")]  # at most 100
+
+
 @app.post("/recounts", status_code=202)
-async def recount(names: str, background: BackgroundTasks) -> None:
+async def recount(names: Names, background: BackgroundTasks) -> None:
     for name in names.split(","):
         background.add_task(run_in_new_ctx, count_words, name)
 

@@ -4,8 +4,9 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from sqlalchemy import func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -88,6 +89,9 @@ async def count_in_turn(page: str) -> int:
         return await count_of(page)
 
 
+Pages = Annotated[str, Query(pattern="^[^,]+(,[^,]+){0,19}$")]  # at most 20
+
+
 @app.get("/counts")
-async def counts(pages: str) -> list[int]:
+async def counts(pages: Pages) -> list[int]:
     return await asyncio.gather(*(count_in_turn(page) for page in pages.split(",")))

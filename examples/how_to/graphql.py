@@ -9,7 +9,7 @@ import strawberry
 from fastapi import FastAPI, Request
 from sqlalchemy import CheckConstraint, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from strawberry.extensions import FieldExtension
+from strawberry.extensions import FieldExtension, MaxTokensLimiter
 from strawberry.fastapi import GraphQLRouter
 from strawberry.http import GraphQLHTTPResponse
 from strawberry.types import ExecutionResult, Info
@@ -97,5 +97,10 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-app.include_router(Router(strawberry.Schema(Query, Mutation)), prefix="/graphql")
+schema = strawberry.Schema(
+    Query,
+    Mutation,
+    extensions=[lambda **_: MaxTokensLimiter(max_token_count=1000)],  # older ones pass an argument
+)
+app.include_router(Router(schema), prefix="/graphql")
 add_fastapi_http_db_session_middleware(app)

@@ -9,6 +9,7 @@ from sqlalchemy import CheckConstraint, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -72,9 +73,15 @@ async def rpc(request: Request) -> JSONResponse:
     return JSONResponse(answer_of(call, result=result))
 
 
+MOST_CALLS = 100
+
+
 async def batch(request: Request) -> JSONResponse:
     answers = []
-    for call in await request.json():
+    calls = await request.json()
+    if len(calls) > MOST_CALLS:
+        raise HTTPException(413)
+    for call in calls:
         try:
             async with new_db_session_ctx():
                 result = await METHODS[call["method"]](**call["params"])

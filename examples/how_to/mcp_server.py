@@ -4,10 +4,11 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import FastAPI
 from mcp.server.mcpserver import MCPServer
+from pydantic import Field
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
@@ -45,7 +46,7 @@ def tool(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 
 @tool
-async def take_notes(notes: list[str]) -> str:
+async def take_notes(notes: Annotated[list[str], Field(max_length=100)]) -> str:
     """Keep some notes: all of them, or none."""
     session = await db_session(connect)
     for note in notes:

@@ -4,8 +4,9 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import Annotated
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Query
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -114,5 +115,5 @@ async def events(last: int) -> AsyncGenerator[str]:
 
 
 @app.get("/events")
-async def follow(last: int = 0) -> StreamingResponse:
+async def follow(last: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> StreamingResponse:
     return StreamingResponse(events(last), media_type="text/event-stream")

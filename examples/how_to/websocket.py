@@ -37,7 +37,12 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
+LONGEST = 10_000  # characters
+
+
 async def add_notes(message: str) -> None:
+    if len(message) > LONGEST:
+        raise ValueError("a message is too long")
     session = await db_session(connect)
     for line in message.split("\n"):
         if not line:

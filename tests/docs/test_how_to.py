@@ -219,6 +219,7 @@ async def test_each_message_is_a_unit_of_work(
             (ann, "milk", "stored", ["milk"]),
             (ann, "tea\nmilk", "there already", ["milk"]),
             (bob, "bread\n\nbutter", "failed", ["milk"]),
+            (bob, "x" * 10_001, "failed", ["milk"]),
             (bob, "bread\nbutter", "stored", ["bread", "butter", "milk"]),
             (ann, "tea", "stored", ["bread", "butter", "milk", "tea"]),
         ):

@@ -49,6 +49,8 @@ async def test_queries_at_the_same_time_see_what_was_committed(visits: Any) -> N
     assert (await visits.client.get("/dashboard")).json() == [3, ["home", "news"]]
     response = await visits.client.get("/counts?pages=home,news,home,about,news")
     assert response.json() == [2, 1, 2, 0, 1]
+    too_many = ",".join("a" * 21)
+    assert (await visits.client.get(f"/counts?pages={too_many}")).status_code == 422
 
 
 async def test_each_query_has_a_connection_and_a_semaphore_limits_them(visits: Any) -> None:

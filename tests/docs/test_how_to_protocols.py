@@ -92,6 +92,12 @@ async def test_a_mutation_that_is_a_unit_of_work_is_apart(graphql: Any) -> None:
     assert await graphql.outside.rows(BALANCES) == [*UNTOUCHED, ("cid", 1)]
 
 
+async def test_a_query_of_more_fields_than_anybody_needs_is_refused(graphql: Any) -> None:
+    fields = " ".join(OPEN.format(f"a{number}", 1) for number in range(200))
+    assert "1000 tokens" in (await ask(graphql, fields))["errors"][0]["message"]
+    assert await graphql.outside.rows(BALANCES) == UNTOUCHED
+
+
 async def test_a_query_that_cannot_be_read_is_answered(graphql: Any) -> None:
     assert "errors" in await ask(graphql, "nothing { of")
 
@@ -118,7 +124,12 @@ async def test_a_tool_that_returns_is_committed_and_one_that_raises_is_not(
     notes: Any, mode: Any
 ) -> None:
     async with Client(f"http://127.0.0.1:{notes.port}/mcp", mode=mode) as client:
-        for bodies, is_error in (["milk", "tea"], False), (["bread", ""], True), (["tea"], True):
+        for bodies, is_error in (
+            (["milk", "tea"], False),
+            (["bread", ""], True),
+            (["tea"], True),
+            ([str(number) for number in range(101)], True),
+        ):
             result = await client.call_tool("take_notes", {"notes": bodies})
             assert result.is_error is is_error
             # It is durable when the client has the answer.
@@ -220,6 +231,12 @@ async def test_the_calls_of_a_batch_are_apart(stock: Any) -> None:
         (3, False),
     ]
     assert await stock.outside.rows(STOCK) == [("cup", 1), ("pen", 1)]
+
+
+async def test_a_batch_of_more_calls_than_anybody_needs_is_refused(stock: Any) -> None:
+    call = {"id": 1, "method": "store", "params": {"name": "cup", "amount": 1}}
+    assert (await stock.client.post("/batch", json=[call] * 101)).status_code == 413
+    assert ("cup", 1) not in await stock.outside.rows(STOCK)
 
 
 async def test_an_error_of_the_commit_comes_after_the_answer_was_made(stock: Any) -> None:

@@ -121,6 +121,8 @@ async def test_background_tasks_of_one_response_are_one_transaction(
     async with documents.outside.connection() as connection:
         await connection.execute(text("UPDATE counted_document SET words = 0"))
     assert (await documents.client.post("/recounts?names=a,nothing")).status_code == 202
+    too_many = ",".join("a" * 101)
+    assert (await documents.client.post(f"/recounts?names={too_many}")).status_code == 422
     await until(lambda: "NoResultFound" in caplog.text)
     await until(lambda: connections_out(documents.connect) == 0)
     assert await documents.outside.rows(WORDS) == [("a", 0)]
