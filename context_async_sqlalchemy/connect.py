@@ -191,13 +191,14 @@ class DBConnect(Generic[SessionT_co]):
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
         """Make an engine that belongs to the caller, who disposes of it; for migrations.
 
+        A `RuntimeError` while a test's transaction is open (`shared_transaction`).
         On SQLite, one that `from_url` makes does not enforce foreign keys (`ON DELETE CASCADE`),
         or altering a table would delete what refers to it: COMMIT checks them (`IntegrityError`).
 
         Args:
             host: The host to talk to. Default None: the host of new sessions.
         """
-        engine = await self._engines.make_engine(host if host is not None else self.host)
+        engine = await self._engines.make_engine_for_caller(host if host is not None else self.host)
         check_foreign_keys_at_commit(engine)
         return engine
 

@@ -174,7 +174,7 @@ class _HostChooser:
             async with asyncio.timeout(self._timeout):
                 # Not a connection of the pool: that may be full, and its host dead.
                 async with (
-                    closing(await connect.create_engine(host)) as engine,
+                    closing(await connect._engines.make_engine(host)) as engine,
                     engine.connect() as connection,
                 ):
                     return self._rank((await connection.execute(_STATE)).one())

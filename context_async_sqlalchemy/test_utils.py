@@ -42,9 +42,10 @@ async def shared_transaction(
 
     Raises:
         InvalidRequestError: From a statement, if two sessions wait for each other, or one task uses
-            them alternately.
+            them alternately, or it would end the transaction (COMMIT as text).
+        NotImplementedError: If it is another database.
         RuntimeError: If a transaction is already open for `connect`; in the application, if it runs
-            on another event loop.
+            on another event loop; at the end, if the driver, or the database, has ended it.
     """
     await connect.session_maker()  # runs the handler, which may set the host
     async with connect._engines.pin() as opened, share_connection(opened.engine, timeout) as shared:

@@ -164,6 +164,8 @@ class Engines:
 
     def here(self) -> AsyncEngine | None:
         """Return the engine of the running loop, or the one opened last, or put here by hand."""
+        if self._pinned is not None and self._pinned.opened is not None:
+            return self._pinned.opened.engine  # on every loop: no test leaves its transaction
         opened = self.latest
         with suppress(RuntimeError):  # no loop is running
             opened = opened and (self._places.here().opened or opened)
@@ -181,6 +183,15 @@ class Engines:
         # A test that has patched it puts back what was there, which belongs to its event loop.
         if session_maker is not self.session_maker:
             self.session_maker_put_by_hand = session_maker
+
+    async def make_engine_for_caller(self, host: str | None) -> AsyncEngine:
+        """Make an engine, but not if a test would have its work stored."""
+        if self._pinned is not None:
+            raise RuntimeError(
+                "A test's transaction is open: what create_engine() makes would commit for real. "
+                "Migrate before the transaction opens, or use connect.engine."
+            )
+        return await self.make_engine(host)
 
     async def make_engine(self, host: str | None) -> AsyncEngine:
         """Make an engine that belongs to the caller."""

@@ -197,6 +197,12 @@ class WatchedStaticPool(StaticPool):
         self.after_checkin()
 
 
+def set_authorizer(adapter: Any, authorizer: Callable[..., int] | None) -> None:
+    """Let a function decide what a connection of aiosqlite may do."""
+    # aiosqlite has a public method since 0.22; the call belongs to its thread.
+    adapter.run_async(lambda raw: raw._execute(raw._conn.set_authorizer, authorizer))
+
+
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     """Take the connection out of its place in the pool, where the next user opens another one."""
     # Closing it waits, and meanwhile nobody may be given it.

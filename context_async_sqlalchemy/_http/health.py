@@ -66,7 +66,7 @@ async def _ask(connect: DBConnect) -> bool:
     try:
         # Runs the connect's handler, which may choose the host.
         await connect.session_maker()
-        engine = await connect.create_engine()
+        engine = await connect._engines.make_engine(connect.host)
         async with closing(engine), engine.connect() as connection:
             await connection.execute(select(1))
     except Exception as error:

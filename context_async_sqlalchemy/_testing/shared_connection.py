@@ -17,6 +17,7 @@ from context_async_sqlalchemy._engine.private_names import (
 )
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
+from context_async_sqlalchemy._testing.no_commit import ENDED, NO_COMMIT, allow_end, has_ended
 from context_async_sqlalchemy._testing.turns import Turns
 
 
@@ -38,6 +39,7 @@ class SharedConnection:
         self._autocommit = False
         self._is_lost = False
         self._checks_at_commit = False
+        self.has_ended_early = False  # known at the end
 
     async def begin(self) -> None:
         """Begin the transaction."""
@@ -54,18 +56,23 @@ class SharedConnection:
             await self._connection.execution_options(isolation_level=level)
         self.driver, self._info = driver, dict(fairy.info)
         # Other drivers send BEGIN themselves, but not for what bypasses SQLAlchemy, such as COPY.
-        await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else "SELECT 1")
+        await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else NO_COMMIT)
+        if is_sqlite:
+            await greenlet_spawn(allow_end, driver, False)
 
     async def end(self) -> None:
         """Roll everything back; further use is refused."""
         self.turns.stop()
         try:
+            self.has_ended_early = has_ended(self.driver)
             if self._undoing:
                 await asyncio.wait(self._undoing)
             if self.turns.open:
                 # A task has outlived the test, and may be inside a statement.
                 await self._connection.invalidate()
             else:
+                if self._connection.dialect.name == "sqlite":
+                    await greenlet_spawn(allow_end, self.driver, True)
                 await greenlet_spawn(self.driver.rollback)
         except Exception:
             logger.exception("The transaction of a test failed to roll back")
@@ -75,6 +82,8 @@ class SharedConnection:
 
     def lend(self, entry: ConnectionPoolEntry) -> LentConnection:
         """Return a part of the connection; used as the creator of a pool."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise InvalidRequestError(_OTHER_LOOP)
         entry.info.update(self._info)
         return LentConnection(self, self._autocommit)
 
@@ -112,6 +121,8 @@ class SharedConnection:
         with self._alone():
             if lent not in self.turns.open or self.turns.have_ended:
                 lent.has_begun = False
+            elif has_ended(self.driver):
+                self.turns.end(lent, and_inside=True)
             elif lent.autocommit:
                 if self.turns.has(lent):
                     self._store(lent)
@@ -148,6 +159,8 @@ class SharedConnection:
             raise InvalidRequestError(_LOST)
         if lent.has_begun and lent not in self.turns.open:
             raise InvalidRequestError(_UNDONE)
+        if has_ended(self.driver):
+            raise InvalidRequestError(ENDED)  # this statement would be stored
 
     def _begin(self, lent: LentConnection) -> None:
         # Take the turn before setting the savepoint, so that no other can begin meanwhile.
@@ -192,6 +205,8 @@ class SharedConnection:
             if lent not in self.turns.open or self.turns.have_ended:
                 return
             try:
+                if has_ended(self.driver):
+                    return
                 self._roll_back_what_was_cancelled(lent)
             except Exception:
                 self._is_lost = True
@@ -235,5 +250,9 @@ class SharedConnection:
 _ENDED = "The transaction of the test has ended: await every task before the end of the test."
 _LOST = (
     "The connection of the test's transaction was lost, and with it all that the test has written."
+)
+_OTHER_LOOP = (
+    "The transaction of this test was opened on another event loop than the one on which a "
+    "connection is asked for."
 )
 _UNDONE = "The transaction around this one was rolled back, and this one with it."

@@ -13,6 +13,7 @@ from context_async_sqlalchemy._engine import sqlite
 from context_async_sqlalchemy._engine.private_names import replace_pool
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
+from context_async_sqlalchemy._testing.no_commit import ENDED, refuse_end
 from context_async_sqlalchemy._testing.shared_connection import SharedConnection
 
 
@@ -28,6 +29,11 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
             "a test's transaction is open already on this engine, which another connect has, too: "
             "one is enough for both"
         )
+    if sync_engine.dialect.name not in ("postgresql", "sqlite"):
+        raise NotImplementedError(
+            "a test's transaction is for PostgreSQL and SQLite: MySQL commits it with each table, "
+            "and do not fail at a COMMIT by the driver"
+        )
     async with engine.connect() as connection:
         shared = SharedConnection(connection, timeout)
         await shared.begin()
@@ -36,8 +42,7 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         replace_pool(sync_engine, NullPool(creator, dialect=sync_engine.dialect))
         _pools.add(sync_engine.pool)
         event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
-        if sync_engine.dialect.name == "sqlite":
-            event.listen(sync_engine, "before_cursor_execute", _skip_begin, retval=True)
+        event.listen(sync_engine, "before_cursor_execute", _see_statement, retval=True)
         has_savepoint = event.contains(sync_engine, "begin", sqlite.begin)
         if has_savepoint:
             event.remove(sync_engine, "begin", sqlite.begin)
@@ -46,11 +51,12 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         finally:
             replace_pool(sync_engine, pool)
             event.remove(sync_engine, "begin_twophase", _refuse_two_phases)
-            if sync_engine.dialect.name == "sqlite":
-                event.remove(sync_engine, "before_cursor_execute", _skip_begin)
+            event.remove(sync_engine, "before_cursor_execute", _see_statement)
             if has_savepoint:
                 event.listen(sync_engine, "begin", sqlite.begin)
             await run_to_completion(shared.end())
+        if shared.has_ended_early:
+            raise RuntimeError(ENDED)
 
 
 def _refuse_two_phases(*_: Any) -> None:
@@ -59,13 +65,16 @@ def _refuse_two_phases(*_: Any) -> None:
     )
 
 
-def _skip_begin(
+def _see_statement(
     connection: Connection, _: Any, statement: str, parameters: Any, *__: Any
 ) -> tuple[str, Any]:
+    lent = connection.connection.dbapi_connection
+    if not isinstance(lent, LentConnection):
+        return statement, parameters
+    refuse_end(statement)
     # SQLAlchemy's page on SQLite recommends setting the driver to AUTOCOMMIT and sending BEGIN
     # explicitly.
-    lent = connection.connection.dbapi_connection
-    if isinstance(lent, LentConnection) and statement.upper().startswith("BEGIN"):
+    if connection.dialect.name == "sqlite" and statement.upper().startswith("BEGIN"):
         lent.autocommit = False
         return "SELECT 1", ()
     return statement, parameters

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import re
+import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from sqlalchemy import URL, Engine, NullPool, QueuePool, create_engine, event, select, text
-from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.exc import DatabaseError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
@@ -46,6 +48,23 @@ def transaction_of(session: AsyncSession) -> SessionTransaction:
     transaction = session.sync_session.get_transaction()
     assert transaction is not None
     return transaction
+
+
+async def test_a_function_decides_what_a_connection_of_sqlite_may_do(
+    sqlite_connect: DBConnect,
+) -> None:
+    async with new_non_ctx_session(sqlite_connect) as session:
+        adapter = (await (await session.connection()).get_raw_connection()).dbapi_connection
+
+        def set_to(authorizer: Callable[..., int] | None) -> None:
+            private_names.set_authorizer(adapter, authorizer)
+
+        await greenlet_spawn(set_to, lambda *_: sqlite3.SQLITE_DENY)
+        with pytest.raises(DatabaseError, match="not authorized"):
+            await session.execute(select(1))
+        await greenlet_spawn(set_to, None)
+        await session.rollback()
+        assert await session.scalar(select(1)) == 1
 
 
 async def test_the_connections_of_a_transaction_are_known(any_connect: DBConnect) -> None:

@@ -173,14 +173,18 @@ async def test_another_event_loop_is_refused(tested: DBConnect) -> None:
     async def insert_meanwhile() -> None:
         async with new_non_ctx_session(tested) as session:
             await session.scalar(select(1))
+        engine_here = tested.engine
         has_engine.set()
         await asyncio.to_thread(is_shared.wait)
         try:
             with pytest.raises(RuntimeError, match="another event loop"):
                 await run_in_new_ctx(Served(tested).insert, "a")
-        finally:
             assert tested.engine is not None
-            await tested.engine.dispose()
+            with pytest.raises(InvalidRequestError, match="another event loop"):
+                await tested.engine.connect()  # not the engine of this loop, which would commit
+        finally:
+            assert engine_here is not None
+            await engine_here.dispose()
 
     other = asyncio.create_task(asyncio.to_thread(asyncio.run, insert_meanwhile()))
     await asyncio.to_thread(has_engine.wait)
