@@ -1,6 +1,7 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
 from collections.abc import Callable
+from functools import partial
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
@@ -15,6 +16,7 @@ from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     is_test_context,
 )
+from context_async_sqlalchemy._unit.hidden import receive_hidden
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
@@ -122,7 +124,7 @@ class ASGIHTTPDBSessionMiddleware:
         scope[RECIPIENT] = settling
         try:
             try:
-                await app(scope, receive, settling.forward)
+                await app(scope, partial(receive_hidden, receive), settling.forward)
             except Exception:
                 if settling.failure is None or settling.started:
                     raise

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._http.messages import ends_body, is_streamed
 from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.hidden import send_hidden
 from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
@@ -58,6 +59,8 @@ class SettlingSend:
                     # A client that has the whole body must be able to rely on what it says.
                     await settle(self.context, commit=True, before_commit=self.before_commit)
                 self.completed = True
+            await send_hidden(self.send, message)
+            return
         await self.send(message)
 
     def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:

@@ -1,0 +1,25 @@
+"""What a server does when it is called by a request is done without the request's context.
+
+It may start the next request of the connection there, which would inherit the context.
+"""
+
+from context_async_sqlalchemy._unit.context import _context
+from context_async_sqlalchemy.asgi_types import Message, Receive, Send
+
+
+async def send_hidden(send: Send, message: Message) -> None:
+    """Send the last part of a response: uvicorn then starts a request that is pipelined."""
+    token = _context.set(None)
+    try:
+        await send(message)
+    finally:
+        _context.reset(token)
+
+
+async def receive_hidden(receive: Receive) -> Message:
+    """Receive a message: a server that goes on reading then does so from here, for good."""
+    token = _context.set(None)
+    try:
+        return await receive()
+    finally:
+        _context.reset(token)

@@ -1,0 +1,183 @@
+"""A context is used by the request that it was opened for, and not by others that inherit it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
+from typing import Annotated, Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, Response
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from context_async_sqlalchemy import (
+    ASGIHTTPDBSessionMiddleware,
+    ContextNotInitiatedError,
+    DBConnect,
+    db_session,
+    new_db_session_ctx,
+)
+from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
+from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
+from tests.helpers.database import Database
+from tests.helpers.models import Item
+from tests.helpers.serving import serve
+
+dependency = DBSessionDependency()
+OfRequest = Annotated[AsyncSession, Depends(dependency)]
+UPGRADE = (
+    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+class Watched:
+    """An application whose `/first` has a context, and works on after its response.
+
+    Attributes:
+        found: What each other request, or WebSocket, was told when it asked for a session.
+    """
+
+    def __init__(
+        self,
+        connect: DBConnect,
+        others_pass_the_middleware: bool = False,
+        in_block: bool = False,
+        **options: Any,
+    ) -> None:
+        self._in_block = in_block
+        self.connect = connect
+        self.found: asyncio.Queue[object] = asyncio.Queue()
+        self._has_found = asyncio.Event()
+        self._inside = ASGIHTTPDBSessionMiddleware(self.first, **options)
+        self._other: Callable[..., Awaitable[None]] = self.other
+        if others_pass_the_middleware:
+            self._other = ASGIHTTPDBSessionMiddleware(self.other, **options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return
+        await (self._inside if scope["path"] == "/first" else self._other)(scope, receive, send)
+
+    async def first(self, _: Scope, receive: Receive, send: Send) -> None:
+        session = await db_session(self.connect)
+        await session.execute(insert(Item).values(name="first"))
+        while (await receive()).get("more_body"):
+            await asyncio.sleep(0)
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]}
+        )
+        async with new_db_session_ctx() if self._in_block else nullcontext():
+            await send({"type": "http.response.body", "body": b"a"})
+            async with asyncio.timeout(5):
+                await self._has_found.wait()
+        assert await db_session(self.connect) is session
+
+    async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self.found.put_nowait(await db_session(self.connect))
+        except ContextNotInitiatedError as error:
+            self.found.put_nowait(type(error))
+        self._has_found.set()
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close"})
+            return
+        await send(
+            {"type": "http.response.start", "status": 418, "headers": [(b"content-length", b"0")]}
+        )
+        await send({"type": "http.response.body"})
+
+
+@asynccontextmanager
+async def talking(port: int, *parts: str, apart: bool = False) -> AsyncGenerator[None]:
+    """Send requests on one connection; with `apart`, each when the one before has an answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with asyncio.timeout(5):
+        for part in parts:
+            writer.write(part.encode())
+            if apart:
+                await reader.readuntil(b"\r\n\r\n")
+        yield
+    writer.close()
+    await writer.wait_closed()
+
+
+def request(path: str, headers: str = "", body: str = "") -> str:
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    return f"GET {path} HTTP/1.1\r\nHost: a\r\n{length}{headers}\r\n{body}"
+
+
+@pytest.mark.parametrize("options", [{}, {"attempts": 2}, {"in_block": True}], ids=str)
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_a_pipelined_request_without_the_middleware_has_no_context(
+    connect: DBConnect, database: Database, http: str, options: dict[str, Any]
+) -> None:
+    watched = Watched(connect, **options)
+    async with serve(watched, http=http) as port:
+        async with talking(port, request("/first"), request("/other")):
+            found = await watched.found.get()
+        assert found is ContextNotInitiatedError
+    assert await database.names() == ["first"]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+async def test_a_pipelined_websocket_has_no_context(
+    connect: DBConnect, database: Database, passes: bool
+) -> None:
+    watched = Watched(connect, others_pass_the_middleware=passes)
+    async with serve(watched, http="h11", ws="wsproto") as port:
+        async with talking(port, request("/first"), request("/other", UPGRADE)):
+            found = await watched.found.get()
+        assert found is ContextNotInitiatedError
+    assert await database.names() == ["first"]
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_a_request_after_a_large_body_has_no_context(
+    connect: DBConnect, database: Database, http: str
+) -> None:
+    watched = Watched(connect)
+    async with serve(watched, http=http, loop="asyncio") as port:
+        async with talking(
+            port, request("/first", body="a" * 1_000_000), request("/other"), apart=True
+        ):
+            found = await watched.found.get()
+        assert found is ContextNotInitiatedError
+    assert await database.names() == ["first"]
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+async def test_a_request_that_asks_by_itself_does_not_join_the_one_before_it(
+    connect: DBConnect, database: Database, http: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dependency, "_connect", connect)
+    app = FastAPI()
+    has_come, sessions = asyncio.Event(), []
+
+    @app.get("/first")
+    async def first(tasks: BackgroundTasks, session: OfRequest) -> str:
+        async def work_on() -> None:
+            async with asyncio.timeout(5):
+                await has_come.wait()
+            await session.execute(insert(Item).values(name="first"))
+
+        tasks.add_task(work_on)
+        return "a"
+
+    @app.get("/other", status_code=418)
+    async def other() -> Response:
+        has_come.set()
+        sessions.append(await db_session(connect))
+        await sessions[0].execute(insert(Item).values(name="refused"))
+        return Response(status_code=418)
+
+    async with (
+        serve(app, http=http) as port,
+        talking(port, request("/first"), request("/other")),
+    ):
+        await has_come.wait()
+    assert sessions == []
+    assert await database.names() == ["first"]
