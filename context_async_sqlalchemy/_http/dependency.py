@@ -18,16 +18,14 @@ from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
-from context_async_sqlalchemy._http.middleware import (
-    has_context,
-    open_request_context,
-)
+from context_async_sqlalchemy._http.middleware import SCOPE_KEY, has_context
 from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.context import (
     DBSessionContext,
     current_context,
     is_test_context,
 )
+from context_async_sqlalchemy._unit.hidden import hidden
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.sessions import create_session
@@ -170,8 +168,8 @@ async def _unmanaged_session(
 class _ContextOnDemand(DBSessionContext):
     """The context of a request that opens with the first use of a dependency, if there is one."""
 
-    def __init__(self, scope: Scope) -> None:
-        super().__init__(scope)
+    def __init__(self, scope: Scope, router: APIRouter) -> None:
+        super().__init__(scope, router)
         self._task = asyncio.current_task()
 
     def enter(self) -> None:
@@ -185,17 +183,21 @@ class _ContextOnDemand(DBSessionContext):
 class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
     """The middleware around a router, for the requests that use a dependency."""
 
-    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(
+        self, app: ASGIApp, router: APIRouter, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Call the router for anything that it is called for."""
-        if scope["type"] != "http" or has_context(scope):
+        if scope["type"] != "http" or has_context(scope, router):
             await app(scope, receive, send)
-        else:
+            return
+        scope[_ON_DEMAND] = router
+        with hidden() if scope.pop(SCOPE_KEY, None) else nullcontext():
             await self._serve(app, scope, receive, send)
 
     @staticmethod
-    def open_context(scope: Scope, _: object = None) -> DBSessionContext:
+    def open_context(scope: Scope, _: object) -> DBSessionContext:
         """Make a context that is opened when a dependency is used."""
-        context = scope[_ON_DEMAND] = _ContextOnDemand(scope)
+        context = scope[_ON_DEMAND] = _ContextOnDemand(scope, scope[_ON_DEMAND])
         return context
 
 
@@ -209,7 +211,8 @@ async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
             "with 'add_fastapi_http_db_session_middleware(app)'; outside of a request use "
             "'async with new_db_session_ctx():' and 'await db_session(connect)'."
         )
-    open_request_context(scope, context)
+    scope[SCOPE_KEY] = context
+    context.enter()
     try:
         yield
     except Exception as error:
@@ -228,6 +231,6 @@ def _settle_requests(call: Callable[..., Awaitable[None]]) -> Callable[..., Awai
     async def call_and_settle(
         router: APIRouter, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        await middleware.serve(partial(call, router), scope, receive, send)
+        await middleware.serve(partial(call, router), router, scope, receive, send)
 
     return call_and_settle

@@ -12,10 +12,8 @@ from context_async_sqlalchemy._http.options import (
 )
 from context_async_sqlalchemy._http.replay import Replay
 from context_async_sqlalchemy._http.send import SettlingSend
-from context_async_sqlalchemy._unit.context import (
-    DBSessionContext,
-    is_test_context,
-)
+from context_async_sqlalchemy._http.sub_request import is_same_request
+from context_async_sqlalchemy._unit.context import DBSessionContext, is_test_context
 from context_async_sqlalchemy._unit.hidden import receive_hidden
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
@@ -25,12 +23,12 @@ from context_async_sqlalchemy._unit.settle import (
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 
-_SCOPE_KEY = "context_async_sqlalchemy"
+SCOPE_KEY = "context_async_sqlalchemy"
 
 
-def open_request_context(scope: Scope, context: DBSessionContext | None = None) -> DBSessionContext:
+def open_request_context(scope: Scope, layer: object) -> DBSessionContext:
     """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = scope[_SCOPE_KEY] = context or DBSessionContext(scope)
+    context = scope[SCOPE_KEY] = DBSessionContext(scope, layer)
     context.enter()
     return context
 
@@ -96,8 +94,8 @@ class ASGIHTTPDBSessionMiddleware:
     open_context = staticmethod(open_request_context)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or has_context(scope):
-            if not self._is_nested and (context := scope.get(_SCOPE_KEY)) is not None:
+        if scope["type"] != "http" or has_context(scope, self):
+            if not self._is_nested and (context := scope.get(SCOPE_KEY)) is not None:
                 self._is_nested = True
                 warn_of_ignored(self._options, context.options, context.name)
             await self.app(scope, receive, send)
@@ -118,7 +116,7 @@ class ASGIHTTPDBSessionMiddleware:
         send: Send,
     ) -> None:
         """Call the application for a request, in a context of its own."""
-        context = self.open_context(scope)
+        context = self.open_context(scope, self)
         context.options = self._options
         settling = SettlingSend(context, send, self.before_commit, self.commit_on)
         scope[RECIPIENT] = settling
@@ -153,18 +151,17 @@ class ASGIHTTPDBSessionMiddleware:
         raise failure
 
 
-def has_context(scope: Scope) -> bool:
-    """Return whether a request takes part in a context that is open already.
+def has_context(scope: Scope, layer: object = None) -> bool:
+    """Return whether a request that comes to a layer takes part in a context that is open already.
 
-    It does if an outer middleware opened the context for the same request, or a test did. A context
-    that is merely inherited is another client's: uvicorn starts a pipelined request from inside the
-    task of the one before it.
+    It does if an outer layer opened it for the same request, or a test did. A context that is
+    merely inherited is another client's.
     """
-    if _SCOPE_KEY in scope and not scope[_SCOPE_KEY].closed:
-        return True
-    return is_test_context()
+    if SCOPE_KEY not in scope or (context := scope[SCOPE_KEY]).closed:
+        return is_test_context()
+    return layer is None or is_same_request(context, scope, layer)
 
 
 def application_around(scope: Scope) -> object:
     """Return the application in which the context of a request was opened, not a mounted one."""
-    return scope[_SCOPE_KEY].app if _SCOPE_KEY in scope else scope.get("app")
+    return scope[SCOPE_KEY].app if SCOPE_KEY in scope else scope.get("app")

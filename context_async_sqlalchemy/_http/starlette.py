@@ -77,11 +77,11 @@ async def starlette_http_db_session_middleware(
         The response of the application; its context ends with its body.
     """
     check_before_commit(before_commit)
-    if has_context(request.scope):
+    if has_context(request.scope, starlette_http_db_session_middleware):
         return await call_next(request)
 
     see_hand_over(request.scope.get("app"))
-    context = open_request_context(request.scope)
+    context = open_request_context(request.scope, starlette_http_db_session_middleware)
     settling = SettlingSend(context, _send_nothing, before_commit, is_success)
     request.scope[RECIPIENT] = settling
     try:

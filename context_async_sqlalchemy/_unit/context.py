@@ -44,7 +44,7 @@ class DBSessionContext:
     commits: CommitWatch | None = None  # watches its commits, if anything asks about them
     token: Token[DBSessionContext | None] | None = None  # restores the context variable
 
-    def __init__(self, scope: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, scope: Mapping[str, Any] | None = None, layer: object = None) -> None:
         # What `db_session` returns for each connect, by `context_key`: of the class that it makes.
         self.by_key: dict[str, Any] = {}
         self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
@@ -52,6 +52,7 @@ class DBSessionContext:
             self.loop = asyncio.get_running_loop()
             self.request = scope.get("method", ""), scope.get("path", "")
             self.app = scope.get("app")
+            self.scope_id, self.passed = id(scope), [layer]  # which layers have seen the request
         # In the order they were made. A session that was closed or replaced by hand stays here:
         # somebody may still hold it and use it.
         self._held: list[_Held] = []

@@ -3,6 +3,9 @@
 It may start the next request of the connection there, which would inherit the context.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from context_async_sqlalchemy._unit.context import _context
 from context_async_sqlalchemy.asgi_types import Message, Receive, Send
 
@@ -21,5 +24,15 @@ async def receive_hidden(receive: Receive) -> Message:
     token = _context.set(None)
     try:
         return await receive()
+    finally:
+        _context.reset(token)
+
+
+@contextmanager
+def hidden() -> Generator[None]:
+    """Do without the context here in a block."""
+    token = _context.set(None)
+    try:
+        yield
     finally:
         _context.reset(token)

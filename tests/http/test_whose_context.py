@@ -7,10 +7,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Annotated, Any
 
+import httpx
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, Request, Response
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from context_async_sqlalchemy import (
     ASGIHTTPDBSessionMiddleware,
@@ -19,8 +21,12 @@ from context_async_sqlalchemy import (
     db_session,
     new_db_session_ctx,
 )
-from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
-from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
+from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
+from context_async_sqlalchemy.fastapi_utils import (
+    DBSessionDependency,
+    add_fastapi_http_db_session_middleware,
+    fastapi_http_db_session_middleware,
+)
 from tests.helpers.database import Database
 from tests.helpers.models import Item
 from tests.helpers.serving import serve
@@ -181,3 +187,151 @@ async def test_a_request_that_asks_by_itself_does_not_join_the_one_before_it(
         await has_come.wait()
     assert sessions == []
     assert await database.names() == ["first"]
+
+
+def with_middleware(app: FastAPI) -> Any:
+    add_fastapi_http_db_session_middleware(app)
+    return app
+
+
+def with_dispatch(app: FastAPI) -> Any:
+    app.add_middleware(BaseHTTPMiddleware, dispatch=fastapi_http_db_session_middleware)
+    return app
+
+
+def with_attempts(app: FastAPI) -> Any:
+    add_fastapi_http_db_session_middleware(app, attempts=2)
+    return app
+
+
+def mounted(app: FastAPI) -> Any:
+    """Return an application whose mounted one has a middleware, and gets a copied scope."""
+    inside = with_middleware(app)
+    outside = FastAPI()
+
+    async def mount(scope: Scope, receive: Receive, send: Send) -> None:
+        await inside({**scope, "root_path": ""}, receive, send)
+
+    outside.mount("/", mount)
+    return with_middleware(outside)
+
+
+def with_nothing(app: FastAPI) -> Any:
+    return app
+
+
+class Batch:
+    """An application that calls itself for each part of a batch, with a copy of the scope.
+
+    Attributes:
+        statuses: Those of the parts.
+        sessions: The session of the batch, then that of each part.
+    """
+
+    def __init__(self, add: Callable[[FastAPI], Any]) -> None:
+        self.statuses: list[int] = []
+        self.sessions: list[AsyncSession] = []
+        self._inside = FastAPI()
+        self._inside.get("/batch/{status}")(self.batch)
+        self._inside.get("/part/{status}")(self.part)
+        self.app = add(self._inside)
+
+    async def insert(self, name: str) -> None:
+        session = await db_session(dependency.connect)
+        self.sessions.append(session)
+        await session.execute(insert(Item).values(name=name))
+
+    async def batch(self, status: int, request: Request, _: OfRequest) -> Response:
+        await self.insert("batch")
+        for part in (201, 404, 202):
+            await self._inside(self._copy(request.scope, part), request.receive, self._keep)
+        assert await db_session(dependency.connect) is self.sessions[0]
+        return Response(status_code=status)
+
+    async def part(self, status: int, _: OfRequest) -> Response:
+        await self.insert(f"part {status}")
+        return Response(status_code=status)
+
+    async def _keep(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.statuses.append(message["status"])
+
+    def _copy(self, scope: Scope, part: int) -> Scope:
+        path = f"/part/{part}"
+        return {**scope, "path": path, "raw_path": path.encode(), "root_path": ""}
+
+
+ADD = [with_middleware, with_dispatch, with_attempts, mounted, with_nothing]
+
+
+@pytest.mark.parametrize("status", [200, 409])
+@pytest.mark.parametrize("add", ADD)
+async def test_each_part_of_a_batch_is_a_request_of_its_own(
+    connect: DBConnect,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    add: Callable[[FastAPI], Any],
+    status: int,
+) -> None:
+    monkeypatch.setattr(dependency, "_connect", connect)
+    batch = Batch(add)
+    transport = httpx.ASGITransport(app=batch.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get(f"/batch/{status}")).status_code == status
+    assert batch.statuses == [201, 404, 202]
+    assert len(set(batch.sessions)) == 4
+    expected = ["part 201", "part 202"] + (["batch"] if status == 200 else [])
+    assert sorted(await database.names()) == sorted(expected)
+
+
+async def test_a_part_of_a_batch_that_asks_by_itself_has_no_context_without_the_middleware(
+    connect: DBConnect, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dependency, "_connect", connect)
+    app = FastAPI()
+    found: list[object] = []
+
+    @app.get("/batch")
+    async def batch(request: Request, session: OfRequest) -> Response:
+        async def keep(_: Message) -> None:
+            pass
+
+        await session.execute(insert(Item).values(name="batch"))
+        with pytest.raises(ContextNotInitiatedError):
+            await app({**request.scope, "path": "/part"}, request.receive, keep)
+        return Response()
+
+    @app.get("/part")
+    async def part() -> Response:
+        found.append(await db_session(connect))
+        return Response(status_code=404)
+
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/batch")).status_code == 200
+    assert found == []
+    assert await database.names() == ["batch"]
+
+
+async def test_a_mount_that_copies_the_scope_is_of_the_same_request(
+    connect: DBConnect, database: Database
+) -> None:
+    sessions: list[AsyncSession] = []
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        sessions.append(await db_session(connect))
+        await sessions[0].execute(insert(Item).values(name="refused"))
+        await Response(status_code=404)(scope, receive, send)
+
+    inside = ASGIHTTPDBSessionMiddleware(handler)
+
+    async def mount(scope: Scope, receive: Receive, send: Send) -> None:
+        sessions.append(await db_session(connect))
+        await inside({**scope, "path": "/"}, receive, send)
+
+    app = ASGIHTTPDBSessionMiddleware(mount)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/mounted")).status_code == 404
+    assert len(set(sessions)) == 1
+    assert await database.names() == []
