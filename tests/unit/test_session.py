@@ -415,3 +415,72 @@ async def test_sessions_work_on_sqlite(sqlite_connect: DBConnect) -> None:
             raise ValueError("no")
     async with new_non_ctx_session(sqlite_connect) as session:
         assert await session.scalar(select(func.count(Item.id))) == 1
+
+
+@pytest.mark.parametrize("name", ["create_session", "session_maker"])
+async def test_what_a_test_puts_in_the_place_of_a_method_is_called_on_an_open_connect_too(
+    connect: DBConnect, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async with new_db_session_ctx():
+        await db_session(connect)  # opens it
+    method, calls = getattr(connect, name), 0
+
+    async def patched() -> Any:
+        nonlocal calls
+        calls += 1
+        return await method()
+
+    monkeypatch.setattr(connect, name, patched)
+    async with new_db_session_ctx():
+        await db_session(connect)
+    assert calls == 1
+
+
+@pytest.mark.parametrize("name", ["create_session", "session_maker"])
+async def test_so_is_what_a_subclass_overrides(connect: DBConnect, name: str) -> None:
+    calls = 0
+
+    async def overridden(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return await getattr(super(kind, self), name)()
+
+    kind: Any = type("Kind", (type(connect),), {name: overridden})
+    connect.__class__ = kind
+    async with new_db_session_ctx():
+        await db_session(connect)
+    async with new_db_session_ctx():
+        await db_session(connect)
+    assert calls == 2
+
+
+async def test_whoever_asks_while_another_task_waits_for_the_engine_gets_its_session(
+    connect: DBConnect,
+) -> None:
+    gate, is_made = asyncio.Event(), asyncio.Event()
+
+    async def create(_: str) -> Any:
+        engine = await connect.create_engine()
+        await gate.wait()
+        is_made.set()  # which wakes the one who asks last before the one who waits for the engine
+        return engine
+
+    slow = DBConnect(create, lambda engine: async_sessionmaker(engine), "host")
+
+    async def ask_when_made() -> AsyncSession:
+        await is_made.wait()
+        return await db_session(slow)
+
+    async def ask_elsewhere() -> None:
+        async with new_db_session_ctx():
+            await db_session(slow)
+
+    async with slow:
+        making = asyncio.create_task(ask_elsewhere())
+        await asyncio.sleep(0)
+        async with new_db_session_ctx():
+            waiting, last = (asyncio.create_task(f) for f in (db_session(slow), ask_when_made()))
+            await asyncio.sleep(0)
+            gate.set()
+            assert await waiting is await last
+        await making
