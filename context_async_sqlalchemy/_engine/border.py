@@ -47,11 +47,21 @@ def given_session(session: AsyncSession) -> AsyncSession:
     return session.mock if isinstance(session, _StandIn) else session
 
 
+def settle_once(session: AsyncSession) -> None:
+    """Let the stand-in for a mock be settled once.
+
+    A mock may say at any time that it is in a transaction: one that was rolled back with a 404
+    would be committed when the body ends. A fake that tells the truth is settled again.
+    """
+    if isinstance(session, _StandIn):
+        session.settles_once = True
+
+
 class _StandIn(AsyncSession):
     def __init__(self, mock: Any) -> None:
         super().__init__()
         self.mock = mock
-        self.is_settled = False  # though the mock says at any time that it is in a transaction
+        self.settles_once = self.is_settled = False
 
     def __repr__(self) -> str:
         return repr(self.mock)
@@ -73,11 +83,11 @@ class _StandIn(AsyncSession):
 
     async def commit(self) -> None:
         await self.mock.commit()
-        self.is_settled = self.in_transaction()
+        self.is_settled = self.settles_once and self.in_transaction()
 
     async def rollback(self) -> None:
         await self.mock.rollback()
-        self.is_settled = self.in_transaction()
+        self.is_settled = self.settles_once and self.in_transaction()
 
     async def close(self) -> None:
         await self.mock.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy._engine.border import given_session, real_session
+from context_async_sqlalchemy._engine.border import given_session, real_session, settle_once
 from context_async_sqlalchemy._engine.commits import check_commits_of, check_open_connections
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
@@ -86,6 +86,8 @@ class DBSessionContext:
                 check_open_connections(real)
             # That of the stand-in for a mock, or else what the AsyncSession would call.
             asked = real.sync_session if real is session else real
+            if asked is real and self.request is not None:
+                settle_once(real)
             self._held.append(_Held(real, is_made, asked.in_transaction))
         if self.commits is not None:
             self.commits.watch(context_key, session)

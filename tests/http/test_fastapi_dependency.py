@@ -167,8 +167,9 @@ async def test_two_dependencies_on_one_database_see_one_session(
         return {}
 
     async with http_client(app) as client:
-        assert (await client.post("/")).status_code == 200
-    assert await database.names() == (["a"] if manages else [])
+        for _ in range(2):  # the second finds the engine open
+            assert (await client.post("/")).status_code == 200
+    assert await database.names() == (["a", "a"] if manages else [])
 
 
 @every_way
