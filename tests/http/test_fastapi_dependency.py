@@ -160,16 +160,17 @@ async def test_two_dependencies_on_one_database_see_one_session(
         one: Annotated[AsyncSession, Depends(first)],
         other: Annotated[AsyncSession, Depends(second, use_cache=False)],
         again: Annotated[AsyncSession, Depends(first, use_cache=False)],
+        name: str,
     ) -> dict[str, str]:
         assert one is other
         assert one is again
-        await insert_item(one, "a")
+        await insert_item(one, name)
         return {}
 
     async with http_client(app) as client:
-        for _ in range(2):  # the second finds the engine open
-            assert (await client.post("/")).status_code == 200
-    assert await database.names() == (["a", "a"] if manages else [])
+        for name in ("a", "b"):  # the second finds the engine open
+            assert (await client.post(f"/?name={name}")).status_code == 200
+    assert await database.names() == (["a", "b"] if manages else [])
 
 
 @every_way
