@@ -179,18 +179,19 @@ class _ReplayableRequest:
         self._contents = {k: copy(v) for k, v in scope.items() if isinstance(v, dict | list)}
         self._receive = receive
         self._body_limit = body_limit
-        self._size = 0
+        # Joined: a client may send it in a million messages, each of which costs 200 bytes.
+        self._body = bytearray()
         self._is_complete = False
-        self._messages: list[Message] = []
-        self._read = 0
+        self._begins_again = False  # with what is kept of the body
         self._receiving: asyncio.Task[Message] | None = None
 
     async def receive(self) -> Message:
-        """Return the next message; after `rewind`, the kept messages come first."""
-        if self._read == len(self._messages):
+        """Return the next message; after `rewind`, what is kept of the body comes first, as one."""
+        if not self._begins_again:
             return await self._receive_next()
-        self._read += 1
-        return dict(self._messages[self._read - 1])
+        self._begins_again = False
+        more = not self._is_complete
+        return {"type": "http.request", "body": bytes(self._body), "more_body": more}
 
     async def has_obstacle(self) -> bool:
         """Return whether there is an obstacle; look first whether the client has left."""
@@ -212,7 +213,7 @@ class _ReplayableRequest:
 
     def rewind(self) -> None:
         """Let the application begin again, with the scope and the body as they came."""
-        self._read = 0
+        self._begins_again = self._is_complete or bool(self._body)
         # In place: an outer middleware may hold the scope, or the state in it, and look there for
         # what the application has put.
         self._scope.clear()
@@ -237,17 +238,18 @@ class _ReplayableRequest:
             raise
         if message["type"] == "http.disconnect":
             self.obstacle = "the client has left"
-        elif message["type"] == "http.request":
+        elif message["type"] == "http.request" and not self._is_complete:
             self._is_complete = not message.get("more_body", False)
-            self._size += len(message.get("body", b""))
-            if self._size > self._body_limit:
-                self.obstacle = f"its body is larger than {self._body_limit} bytes"
-                self._messages.clear()
-                self._read = 0
-            else:
-                self._messages.append(dict(message))
-                self._read += 1
+            if self.obstacle is None:
+                self._keep(message.get("body", b""))
         return message
+
+    def _keep(self, part: bytes) -> None:
+        if len(self._body) + len(part) > self._body_limit:
+            self.obstacle = f"its body is larger than {self._body_limit} bytes"
+            self._body.clear()
+        else:
+            self._body += part
 
     async def _next_message(self) -> Message:
         # Two tasks may wait: one reads the body, another one watches whether the client leaves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -148,6 +149,38 @@ async def test_a_body_over_the_limit_is_given_to_the_application_whole() -> None
     body = bytes(range(256)) * 4096
     async with http_client(echo(Failing(0), replay_body_limit=10), lifespan="off") as client:
         assert (await client.post("/", content=body)).content == body
+
+
+@pytest.mark.parametrize("part", [b"", b"x"])
+async def test_a_flood_of_tiny_messages_costs_what_its_bytes_cost(part: bytes) -> None:
+    # As hypercorn passes on the DATA frames of HTTP/2 and the chunks of HTTP/1.1, each by itself.
+    count = 20_000
+    fail, costs, bodies, left = Failing(1), list[int](), list[int](), count
+
+    async def receive() -> Message:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": bytes(part), "more_body": left > 0}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        before, more, size = tracemalloc.get_traced_memory()[0], True, 0
+        while more:
+            message = await receive()
+            more, size = message["more_body"], size + len(message["body"])
+        costs.append(tracemalloc.get_traced_memory()[0] - before)
+        bodies.append(size)
+        fail()
+        await respond(send)
+
+    async def send(_: Message) -> None: ...
+
+    tracemalloc.start()
+    try:
+        await ASGIHTTPDBSessionMiddleware(app, attempts=2)(http_scope(), receive, send)
+    finally:
+        tracemalloc.stop()
+    assert bodies == [len(part) * count] * 2
+    assert max(costs) < 100_000
 
 
 async def test_a_dictionary_of_a_class_of_its_own_is_restored_too() -> None:
