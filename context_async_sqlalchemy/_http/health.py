@@ -1,5 +1,7 @@
 """An endpoint that reports whether the database answers, and how full the pool is."""
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
@@ -11,6 +13,7 @@ from starlette.responses import JSONResponse
 from context_async_sqlalchemy._engine.border import password_of
 from context_async_sqlalchemy._engine.engines import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.shield import result_within
 from context_async_sqlalchemy.connect import DBConnect
 
@@ -25,8 +28,11 @@ def database_health(
         app.add_api_route("/health", database_health(connect))
 
     It responds 200 if the database answers, otherwise 503, with `healthy` and the counts of
-    `pool_status` as `pool`. It opens and closes its own connection each time, so it reports a full
-    pool instead of waiting for it. An in-memory SQLite database always answers.
+    `pool_status` as `pool`. It opens and closes its own connection, so it reports a full pool
+    instead of waiting for it. Probes share the connection: those that come meanwhile, or within a
+    second, get the same answer. An in-memory SQLite database always answers.
+
+    Do not expose it to the internet: it tells everybody how busy the process is.
 
     The reason a database is not healthy is logged, without the password; the response omits it.
 
@@ -40,8 +46,10 @@ def database_health(
     if not timeout > 0:
         raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
 
+    probes = PerLoop(lambda: _Probe(connect, timeout))
+
     async def health(_: Request) -> JSONResponse:
-        healthy = await _is_healthy(connect, timeout)
+        healthy = await probes.here().is_healthy()
         return JSONResponse(
             {"healthy": healthy, "pool": asdict(connect.pool_status())},
             status_code=200 if healthy else 503,
@@ -49,6 +57,33 @@ def database_health(
         )
 
     return health
+
+
+class _Probe:
+    """Asks the database once for all who want to know at the same time, or a moment later."""
+
+    def __init__(self, connect: DBConnect, seconds: float) -> None:
+        self._connect = connect
+        self._seconds = seconds
+        self._asking: asyncio.Task[bool] | None = None
+        self._host: str | None = None
+        self._stale_at = 0.0
+
+    async def is_healthy(self) -> bool:
+        asking = self._asking
+        if asking is None or (asking.done() and self._is_stale()):
+            asking = self._asking = asyncio.create_task(self._ask())
+        # A client that hangs up must not take the answer from the others.
+        return await asyncio.shield(asking)
+
+    async def _ask(self) -> bool:
+        healthy = await _is_healthy(self._connect, self._seconds)
+        self._host = self._connect.host
+        self._stale_at = time.monotonic() + _SHARED_SECONDS
+        return healthy
+
+    def _is_stale(self) -> bool:
+        return time.monotonic() >= self._stale_at or self._connect.host != self._host
 
 
 async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
@@ -78,3 +113,7 @@ async def _ask(connect: DBConnect) -> bool:
         )
         return False
     return True
+
+
+_SHARED_SECONDS = 1.0
+"""How long an answer is given to others: less than the pause between two probes."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
 from tests.helpers.database import Database, make_connect
@@ -130,6 +132,109 @@ async def test_a_database_that_says_nothing_is_not_healthy_after_the_timeout(
     assert "no answer within 0.5 seconds" in caplog.text
     await until(lambda: asyncio.all_tasks() <= tasks)
     await database.is_left_by_all()
+
+
+async def test_sixty_probes_at_once_open_one_connection(
+    database_url: URL, database: Database
+) -> None:
+    connections, probes = 0, 0
+    everybody_asks = asyncio.Event()
+
+    async def count(call: Call) -> Fault | None:
+        nonlocal connections
+        connections += call.statement == "connect"
+        await everybody_asks.wait()
+        return None
+
+    assert database_url.host is not None
+    assert database_url.port is not None
+    async with (
+        proxy(database_url.host, database_url.port, count) as port,
+        make_connect(database_url.set(host="127.0.0.1", port=port)) as connect,
+    ):
+        health = make_starlette(connect, timeout=30)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal probes
+            probes += 1
+            if probes == 60:
+                everybody_asks.set()
+            await health(scope, receive, send)
+
+        async with http_client(app, lifespan="off") as client:
+            responses = await asyncio.gather(*(client.get("/health") for _ in range(60)))
+    assert {response.status_code for response in responses} == {200}
+    assert connections == 1
+
+
+async def test_an_answer_is_shared_for_about_a_second_and_then_the_database_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    async def refuse() -> Any:
+        nonlocal asked
+        asked += 1
+        raise ConnectionRefusedError
+
+    now = 100.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("context_async_sqlalchemy._http.health.time", clock)
+    async with DBConnect.from_url("postgresql://db/shop", async_creator=refuse) as connect:
+        health: Any = database_health(connect)
+        for moment, expected in (100.0, 1), (100.9, 1), (101.1, 2), (102.0, 2), (102.2, 3):
+            now = moment
+            assert (await health(None)).status_code == 503
+            assert asked == expected
+        await connect.change_host("another")
+        assert (await health(None)).status_code == 503
+        assert asked == 4
+
+
+async def test_a_client_that_hangs_up_leaves_the_others_their_answer() -> None:
+    opened, may_open = asyncio.Event(), asyncio.Event()
+
+    async def create_engine(_: str) -> AsyncEngine:
+        opened.set()
+        await may_open.wait()
+        return create_async_engine("sqlite+aiosqlite://")
+
+    async with DBConnect(create_engine, async_sessionmaker, host="slow") as connect:
+        health: Any = database_health(connect, timeout=30)
+        first = asyncio.create_task(health(None))
+        await opened.wait()
+        second = asyncio.create_task(health(None))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        may_open.set()
+        assert (await second).status_code == 200
+
+
+def test_each_event_loop_asks_for_itself() -> None:
+    is_silent = True
+
+    async def create_engine(_: str) -> AsyncEngine:
+        if is_silent:
+            await asyncio.Event().wait()
+        return create_async_engine("sqlite+aiosqlite://")
+
+    async def hang_up() -> None:
+        task = asyncio.create_task(health(None))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    async def ask() -> int:
+        async with connect:
+            status: int = (await health(None)).status_code
+            return status
+
+    connect = DBConnect(create_engine, async_sessionmaker, host="slow")
+    health: Any = database_health(connect)
+    with asyncio.Runner() as one, asyncio.Runner() as two:
+        one.run(hang_up())
+        is_silent = False
+        assert two.run(ask()) == 200
 
 
 async def test_what_has_not_ended_in_time_is_cancelled() -> None:
