@@ -1,10 +1,24 @@
-"""What is logged, without the passwords in it."""
+"""What is logged, without the passwords in it, and each message in a line of its own."""
 
 import logging
 import re
 from urllib.parse import quote
 
 logger = logging.getLogger("context_async_sqlalchemy")
+
+
+def show_control_characters(record: logging.LogRecord) -> bool:
+    """Escape in a message, as `repr` does, what would begin a line or drive a terminal."""
+    # An error quotes what a client has sent, and HTTP/2 lets a client choose even the method.
+    text = record.getMessage()
+    if not text.isprintable():
+        escapes = {ord(c): repr(c)[1:-1] for c in set(text) if not c.isprintable()}
+        record.msg, record.args = text.translate(escapes), ()
+    return True
+
+
+logger.addFilter(show_control_characters)
+
 
 # A text may quote what a client has sent, megabytes of it.
 _LONGEST = 10_000
