@@ -1,9 +1,12 @@
 """Exception handlers for database errors that are no fault of the application or the client."""
 
+from functools import partial
+
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from context_async_sqlalchemy._engine.driver_errors import (
     TransientKind,
@@ -13,6 +16,7 @@ from context_async_sqlalchemy._engine.driver_errors import (
 )
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
+from context_async_sqlalchemy._http.replay import TO_TELL
 from context_async_sqlalchemy._http.starlette import call_handler
 
 _CONFLICT = "Another request was first. Send this one again."
@@ -62,7 +66,7 @@ class _Handler:
         if isinstance(connection, Request):
             response = self._response_to(error)
             if response is not None:
-                _log(error, response.status_code)
+                _log(error, response.status_code, connection.scope)
                 return response
         return await self._pass_on(connection, error)
 
@@ -85,12 +89,17 @@ class _Handler:
         raise error
 
 
-def _log(error: Exception, status: int) -> None:
+def _log(error: Exception, status: int, scope: Scope) -> None:
     # Not the whole message of SQLAlchemy, which includes the statement and its parameters.
     reason = getattr(error, "orig", None) or (error if not isinstance(error, DBAPIError) else "")
-    logger.warning(
+    tell = partial(
+        logger.warning,
         "A request was answered with %s: %s: %s",
         status,
         type(error).__name__,
         hide_password(str(reason)),
     )
+    if TO_TELL in scope:
+        scope[TO_TELL].append(tell)
+    else:
+        tell()

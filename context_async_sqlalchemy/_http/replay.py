@@ -22,6 +22,9 @@ from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope
 if TYPE_CHECKING:
     from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
 
+TO_TELL = "context_async_sqlalchemy.to_tell"
+"""Where a scope has what to do when the answer to the attempt is sent, which it may never be."""
+
 _ENDS_THE_TASK = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
 
@@ -37,6 +40,8 @@ class Replay:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         middleware = self._middleware
+        to_tell: list[Callable[[], None]] = []
+        scope[TO_TELL] = to_tell  # a new attempt restores it as it was: empty
         request = _ReplayableRequest(scope, receive, self._body_limit)
         attempt = _Attempt(middleware.app, send)
         try:
@@ -46,11 +51,14 @@ class Replay:
                 raise
             if attempt.held:
                 for message in attempt.held:
-                    await send(message)
+                    await attempt.send(message)
             else:
                 respond = partial(middleware.respond_to_failure, attempt.failure)
-                await middleware._serve(respond, scope, receive, send)
+                await middleware._serve(respond, scope, receive, attempt.send)
         finally:
+            if attempt.sent:
+                for tell in to_tell:
+                    tell()
             await request.close()
 
     async def _try(self, attempt: _Attempt, request: _ReplayableRequest, scope: Scope) -> None:

@@ -27,9 +27,10 @@ from context_async_sqlalchemy import (
     starlette_utils,
 )
 from context_async_sqlalchemy.starlette_utils import add_database_exception_handlers
-from tests.helpers.asgi import add
+from tests.helpers.asgi import add, call
 from tests.helpers.database import Database, checked_connect, make_connect
 from tests.helpers.failures import (
+    Failing,
     be_one_too_many,
     be_refused,
     be_terminated_between_statements,
@@ -41,6 +42,7 @@ from tests.helpers.failures import (
     fail_to_serialize,
     violate_a_constraint,
 )
+from tests.helpers.programs import until
 from tests.helpers.proxy import Call, Fault, proxy
 from tests.helpers.serving import http_client
 
@@ -221,6 +223,43 @@ async def test_no_answer_and_no_log_shows_a_statement_or_a_password(
     assert len(records) == 3
     assert all("answered with 503" in r.getMessage() for r in records)
     assert not any("hunter2" in r.getMessage() or r.exc_info for r in records)
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries", "answer", "told"),
+    [
+        (2, 3, (200, {}, None), 0),  # two answers are not sent
+        (3, 3, CONFLICT, 1),
+        (3, 1, CONFLICT, 1),  # it is held back, and sent as nothing is tried again
+    ],
+)
+async def test_an_answer_is_logged_if_it_is_sent(
+    caplog: pytest.LogCaptureFixture, failures: int, tries: int, answer: Any, told: int
+) -> None:
+    fail = Failing(failures)
+
+    async def work() -> None:
+        fail()
+
+    with stamina.set_testing(True, attempts=tries):
+        assert await answer_of(app_of(work, attempts=3)) == answer
+    assert caplog.text.count("A request was answered with 409") == told
+
+
+async def test_an_answer_is_not_logged_if_its_request_is_cancelled_before_it_is_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fail = Failing(100)
+
+    async def work() -> None:
+        fail()
+
+    request = asyncio.create_task(call(app_of(work, attempts=100)))
+    await until(lambda: "retry_scheduled" in caplog.text)
+    request.cancel()
+    await asyncio.wait([request])
+    assert request.cancelled()
+    assert "A request was answered" not in caplog.text
 
 
 @pytest.mark.parametrize("cls", [OperationalError, DBAPIError, SQLAlchemyError, IntegrityError])
