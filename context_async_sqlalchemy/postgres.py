@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
 
-from context_async_sqlalchemy._engine.engines import closing
+from context_async_sqlalchemy._engine.guard import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy.connect import DBConnect

@@ -11,12 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 
 from context_async_sqlalchemy._engine.checks import check_callable, check_host
-from context_async_sqlalchemy._engine.guard import finish_closing, guard, retire
+from context_async_sqlalchemy._engine.guard import close_engine, finish_closing, guard
 from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.one_connection import take_turns
-from context_async_sqlalchemy._engine.pool import count_connections, finish_idle
+from context_async_sqlalchemy._engine.pool import count_connections
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
 T = TypeVar("T")
@@ -265,22 +265,6 @@ class Engines:
         task.add_done_callback(self._retiring.discard)
         task.add_done_callback(_log_failure)
         return task
-
-
-@asynccontextmanager
-async def closing(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
-    """Close an engine at the end of a block, unless its creator has returned it to others, too."""
-    guard(engine)
-    try:
-        yield engine
-    finally:
-        await run_to_completion(close_engine(engine))
-
-
-async def close_engine(engine: AsyncEngine) -> None:
-    """Close the connections of an engine: the idle ones now, the others as they come back."""
-    await retire(engine)
-    await finish_idle(engine)
 
 
 def _log_failure(closing: asyncio.Task[None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from weakref import ref
 
 from sqlalchemy import Engine, event
@@ -13,12 +15,14 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from context_async_sqlalchemy._engine.border import sync_engine_of
 from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.pool import finish_idle
 from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
     in_greenlet,
     pool_of,
     replace_close,
 )
+from context_async_sqlalchemy._engine.shield import run_to_completion
 
 _GUARD = "_context_async_sqlalchemy_guard"
 
@@ -49,6 +53,22 @@ async def retire(engine: AsyncEngine) -> None:
         # pool that is no longer used, and stay open there.
         await engine.dispose()
         await finish_closing()
+
+
+@asynccontextmanager
+async def closing(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
+    """Close an engine at the end of a block, unless its creator has returned it to others, too."""
+    guard(engine)
+    try:
+        yield engine
+    finally:
+        await run_to_completion(close_engine(engine))
+
+
+async def close_engine(engine: AsyncEngine) -> None:
+    """Close the connections of an engine: the idle ones now, the others as they come back."""
+    await retire(engine)
+    await finish_idle(engine)
 
 
 async def finish_closing() -> None:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from context_async_sqlalchemy._engine.border import password_of
-from context_async_sqlalchemy._engine.engines import closing
+from context_async_sqlalchemy._engine.guard import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.shield import result_within
