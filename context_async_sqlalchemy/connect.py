@@ -14,13 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from context_async_sqlalchemy._engine.border import password_of, real_session
 from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
 from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
-from context_async_sqlalchemy._engine.from_url import creators_from_url
+from context_async_sqlalchemy._engine.from_url import creators_from_url, prepare_for_migrations
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
-from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit
 
 _numbers = itertools.count(1)
 
@@ -122,6 +121,7 @@ class DBConnect(Generic[SessionT_co]):
                   The pool then hands out the one that was used last. Default None: never.
                 - `min_idle`: How many idle connections `idle_timeout` leaves open. Default 0.
                 - `leak_detection_threshold`: As for `DBConnect`, in seconds. Default None.
+                - `transaction_settings`: Called at each BEGIN (PostgreSQL): settings, by their name.
 
         Raises:
             ModuleNotFoundError: If the driver is not installed.
@@ -189,7 +189,7 @@ class DBConnect(Generic[SessionT_co]):
         await self._engines.switch(host, anew=False)
 
     async def create_engine(self, host: str | None = None) -> AsyncEngine:
-        """Make an engine that belongs to the caller, who disposes of it; for migrations.
+        """Make an engine without `transaction_settings`, for migrations; the caller disposes of it.
 
         A `RuntimeError` while a test's transaction is open (`shared_transaction`).
         On SQLite, one that `from_url` makes does not enforce foreign keys (`ON DELETE CASCADE`),
@@ -199,7 +199,7 @@ class DBConnect(Generic[SessionT_co]):
             host: The host to talk to. Default None: the host of new sessions.
         """
         engine = await self._engines.make_engine_for_caller(host if host is not None else self.host)
-        check_foreign_keys_at_commit(engine)
+        prepare_for_migrations(engine)
         return engine
 
     async def create_session(self) -> SessionT_co:

@@ -131,6 +131,19 @@ def postgresql(database_url: URL, database: Database) -> str:
     return database_url.render_as_string(hide_password=False)
 
 
+@pytest_asyncio.fixture
+async def role_url(database_url: URL, database: Database) -> AsyncGenerator[URL]:
+    """Return the URL of a role that is no superuser, as whom row level security holds."""
+    name = unique_name("context_async_sqlalchemy_tenants")
+    await database.execute(
+        f"CREATE ROLE {name} LOGIN PASSWORD '{name}';"
+        f"GRANT CREATE ON DATABASE {database_url.database} TO {name};"
+        f"GRANT CREATE ON SCHEMA public TO {name}"
+    )
+    yield database_url.set(username=name, password=name)
+    await database.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URL of a database for a program: once SQLite, once PostgreSQL."""

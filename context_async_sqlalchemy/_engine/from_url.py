@@ -12,7 +12,12 @@ from context_async_sqlalchemy._engine.libpq import lets_impostors_in, translate_
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
-from context_async_sqlalchemy._engine.sqlite import prepare_sqlite
+from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit, prepare_sqlite
+from context_async_sqlalchemy._engine.transaction_settings import (
+    begin_with_settings,
+    begin_without_settings,
+    check_transaction_settings,
+)
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
 
 # Of this package, by the driver that they install.
@@ -40,6 +45,7 @@ def creators_from_url(
     }
     ping_after_idle = options.pop("ping_after_idle", 1.0)
     idle_timeout, min_idle = options.pop("idle_timeout", None), options.pop("min_idle", 0)
+    settings = options.pop("transaction_settings", None)
     # What is left, and what nobody knows, which `create_engine` refuses.
     engine_options = cast("EngineOptions", options)
     # echo shows them, and is asked for. `error.params` has them in any case.
@@ -49,6 +55,8 @@ def creators_from_url(
         engine_options.setdefault("pool_use_lifo", True)
     elif min_idle:
         raise ValueError("min_idle needs an idle_timeout")
+    if settings is not None:
+        check_transaction_settings(database, settings, engine_options)
 
     def make_engine(host: str | None) -> AsyncEngine:
         engine = create_engine(
@@ -56,6 +64,8 @@ def creators_from_url(
         )
         if idle_timeout is not None:
             close_idle_connections(engine, idle_timeout, min_idle)
+        if settings is not None:
+            begin_with_settings(engine.sync_engine, settings)
         return engine
 
     def make_session_maker(engine: AsyncEngine) -> async_sessionmaker[SessionT]:
@@ -106,6 +116,12 @@ def create_engine(
     if has_ping:
         ping_idle_connections(engine.sync_engine, ping_after_idle)
     return engine
+
+
+def prepare_for_migrations(engine: AsyncEngine) -> None:
+    """Let an engine that `DBConnect.create_engine` returns be as it describes."""
+    check_foreign_keys_at_commit(engine)
+    begin_without_settings(engine)
 
 
 def _check_idle_options(

@@ -89,3 +89,4 @@ class URLOptions(EngineOptions, Generic[SessionT], total=False):
     ping_after_idle: float
     idle_timeout: float | None
     min_idle: int
+    transaction_settings: Callable[[], Mapping[str, str | int]] | None

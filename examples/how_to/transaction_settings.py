@@ -23,21 +23,11 @@ TENANTS = ("acme", "globex")
 tenant: ContextVar[str] = ContextVar("tenant")
 
 
-class TenantSession(Session):
-    """A session whose transactions begin with the tenant's settings."""
+def settings_of_tenant() -> dict[str, str | int]:
+    return {"app.tenant": tenant.get(), "statement_timeout": STATEMENT_TIMEOUT}
 
 
-@event.listens_for(TenantSession, "after_begin")
-def begin_for_tenant(_: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    if not transaction.nested:  # a savepoint inherits the settings of its transaction
-        settings = text(
-            "SELECT set_config('app.tenant', :tenant, true),"
-            " set_config('statement_timeout', :timeout, true)"
-        )
-        connection.execute(settings, {"tenant": tenant.get(), "timeout": STATEMENT_TIMEOUT})
-
-
-connect = DBConnect.from_url(DATABASE_URL, session_options={"sync_session_class": TenantSession})
+connect = DBConnect.from_url(DATABASE_URL, transaction_settings=settings_of_tenant)
 owner = DBConnect.from_url(DATABASE_URL)  # creates the tables, without a tenant
 
 
@@ -57,7 +47,8 @@ class Note(Base):
 def enable_row_level_security(_: object, connection: Connection, **__: object) -> None:
     for statement in (
         "ALTER TABLE tenant_note ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
-        "CREATE POLICY own ON tenant_note USING (tenant = current_setting('app.tenant'))",
+        "CREATE POLICY own ON tenant_note"
+        " USING (tenant = NULLIF(current_setting('app.tenant', true), ''))",
     ):
         connection.execute(text(statement))
 

@@ -28,24 +28,10 @@ from context_async_sqlalchemy import (
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
-from tests.helpers.names import unique_name
 from tests.helpers.programs import Outside, until
 from tests.helpers.serving import http_client
 
 ACME, GLOBEX = {"X-Tenant": "acme"}, {"X-Tenant": "globex"}
-
-
-@pytest_asyncio.fixture
-async def role_url(database_url: URL, database: Database) -> AsyncGenerator[URL]:
-    """Return the URL of a role that is no superuser, as whom row level security holds."""
-    name = unique_name("context_async_sqlalchemy_tenants")
-    await database.execute(
-        f"CREATE ROLE {name} LOGIN PASSWORD '{name}';"
-        f"GRANT CREATE ON DATABASE {database_url.database} TO {name};"
-        f"GRANT CREATE ON SCHEMA public TO {name}"
-    )
-    yield database_url.set(username=name, password=name)
-    await database.execute(f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
 
 
 @pytest_asyncio.fixture
@@ -147,7 +133,7 @@ async def test_a_row_of_another_tenant_is_refused_and_none_is_changed(
 async def test_a_superuser_finds_the_rows_of_all(program: Any, database_url: URL) -> None:
     assert (await program.client.post("/notes/a", headers=ACME)).status_code == 201
     connect: DBConnect = DBConnect.from_url(
-        database_url, session_options={"sync_session_class": program.TenantSession}
+        database_url, transaction_settings=program.settings_of_tenant
     )
     async with connect, begin_as(program, "globex"):
         session = await db_session(connect)
@@ -172,7 +158,7 @@ async def test_a_transaction_after_an_early_commit_and_in_a_new_context_is_the_t
         assert await asyncio.create_task(tenant_here()) == "acme"
 
 
-async def test_a_transaction_of_nobody_fails_and_one_without_the_listener_finds_nothing(
+async def test_a_transaction_of_nobody_fails_and_one_without_settings_finds_nothing(
     program: Any, database: Database
 ) -> None:
     assert (await program.client.post("/notes/a", headers=ACME)).status_code == 201
@@ -180,15 +166,18 @@ async def test_a_transaction_of_nobody_fails_and_one_without_the_listener_finds_
     with pytest.raises(LookupError):
         async with new_db_session_ctx():
             await (await db_session(program.connect)).execute(text("SELECT 1"))
-    engine = program.connect.engine
+    await program.owner.close()  # the next connection is a new one
     query = text("SELECT count(*) FROM tenant_note")
-    async with engine.connect() as connection:  # used before: nothing is left of the setting
-        setting = text("SELECT current_setting('app.tenant'), current_setting('statement_timeout')")
-        assert (await connection.execute(setting)).one() == ("", "0")
-        assert await connection.scalar(query) == 0
-        async with engine.connect() as new:
-            with pytest.raises(DBAPIError, match="unrecognized configuration parameter"):
-                await new.scalar(query)
+    setting = text("SELECT current_setting('app.tenant', true)")
+    async with new_non_ctx_session(program.owner) as session:
+        assert await session.scalar(setting) is None
+        assert await session.scalar(query) == 0
+        await session.commit()
+        await session.execute(text("SELECT set_config('app.tenant', 'acme', true)"))
+        assert await session.scalar(query) == 2
+        await session.rollback()
+        assert await session.scalar(setting) == ""
+        assert await session.scalar(query) == 0
 
 
 async def test_a_handler_of_the_connect_is_called_for_the_session_not_for_each_transaction(
@@ -207,16 +196,19 @@ async def test_a_handler_of_the_connect_is_called_for_the_session_not_for_each_t
     assert len(calls) == 1
 
 
-async def test_at_autocommit_the_settings_are_gone_with_their_own_statement(
+async def test_at_autocommit_a_local_setting_is_gone_with_its_own_statement(
     program: Any, role_url: URL
 ) -> None:
-    connect: DBConnect = DBConnect.from_url(
-        role_url,
-        isolation_level="AUTOCOMMIT",
-        session_options={"sync_session_class": program.TenantSession},
-    )
-    async with connect, begin_as(program, "acme"):
+    with pytest.raises(ValueError, match="AUTOCOMMIT"):
+        DBConnect.from_url(
+            role_url,
+            isolation_level="AUTOCOMMIT",
+            transaction_settings=program.settings_of_tenant,
+        )
+    connect = DBConnect.from_url(role_url, isolation_level="AUTOCOMMIT")
+    async with connect, new_db_session_ctx():
         session: AsyncSession = await db_session(connect)
+        await session.execute(text("SELECT set_config('app.tenant', 'acme', true)"))
         assert await session.scalar(text("SELECT current_setting('app.tenant')")) == ""
 
 
