@@ -199,6 +199,29 @@ async def test_with_a_level_and_a_class_of_ones_own_too(notes: URL) -> None:
     assert len(rest) == 2
 
 
+@pytest.mark.parametrize("fault", Fault)
+async def test_a_begin_that_fails_leaves_nothing_behind(
+    fault: Fault, notes: URL, database: Database
+) -> None:
+    faults: list[Fault | None] = [None, fault]
+
+    async def decide(call: Call) -> Fault | None:
+        return faults.pop(0) if "set_config" in call.statement and faults else None
+
+    assert notes.host is not None
+    async with (
+        proxy(notes.host, notes.port or 5432, decide) as port,
+        make(notes.set(host="127.0.0.1", port=port)) as connect,
+    ):
+        await add(connect, "acme", "a")
+        with pytest.raises(DBAPIError):
+            await add(connect, "globex", "b")
+        await assert_clean(connect, database)
+        assert await bodies(connect, "acme") == ["a"]
+        assert await bodies(connect, "globex") == []
+    assert faults == []
+
+
 async def test_a_connection_that_somebody_else_opens_has_them_by_a_statement_of_its_own(
     notes: URL,
 ) -> None:
