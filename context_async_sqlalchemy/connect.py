@@ -121,7 +121,7 @@ class DBConnect(Generic[SessionT_co]):
                   The pool then hands out the one that was used last. Default None: never.
                 - `min_idle`: How many idle connections `idle_timeout` leaves open. Default 0.
                 - `leak_detection_threshold`: As for `DBConnect`, in seconds. Default None.
-                - `transaction_settings`: Called at each BEGIN (PostgreSQL): settings, by their name.
+                - `transaction_settings`: Called at each BEGIN of PostgreSQL: settings by name.
 
         Raises:
             ModuleNotFoundError: If the driver is not installed.

@@ -15,6 +15,7 @@ from context_async_sqlalchemy._engine.guard import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.shield import result_within
+from context_async_sqlalchemy._engine.transaction_settings import begin_without_settings
 from context_async_sqlalchemy.connect import DBConnect
 
 
@@ -102,6 +103,7 @@ async def _ask(connect: DBConnect) -> bool:
         # Runs the connect's handler, which may choose the host.
         await connect.session_maker()
         engine = await connect._engines.make_engine(connect.host)
+        begin_without_settings(engine)
         async with closing(engine), engine.connect() as connection:
             await connection.execute(select(1))
     except Exception as error:
