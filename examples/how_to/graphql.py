@@ -9,7 +9,7 @@ import strawberry
 from fastapi import FastAPI, Request
 from sqlalchemy import CheckConstraint, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from strawberry.extensions import FieldExtension, MaxTokensLimiter
+from strawberry.extensions import FieldExtension, MaxAliasesLimiter
 from strawberry.fastapi import GraphQLRouter
 from strawberry.http import GraphQLHTTPResponse
 from strawberry.types import ExecutionResult, Info
@@ -100,7 +100,7 @@ app = FastAPI(lifespan=lifespan)
 schema = strawberry.Schema(
     Query,
     Mutation,
-    extensions=[lambda **_: MaxTokensLimiter(max_token_count=1000)],  # older ones pass an argument
+    extensions=[lambda **_: MaxAliasesLimiter(max_alias_count=50)],  # older ones pass an argument
 )
 app.include_router(Router(schema), prefix="/graphql")
 add_fastapi_http_db_session_middleware(app)

@@ -35,7 +35,7 @@ def test_the_demo_fails_when_errors_are_committed(
         await settle(context, commit=True, before_commit=before_commit)
 
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    monkeypatch.setattr(send, "settle_request", always_commit)
+    monkeypatch.setattr(send, "settle", always_commit)
     assert demo.main() == 1
     assert "5 of 7 requests" in capsys.readouterr().out
 
