@@ -32,6 +32,9 @@ async def serve(app: Any, **options: Any) -> AsyncGenerator[int]:
     options.setdefault("ws", "none")
     # It sets the level of its loggers process-wide: a server should not inherit another's level.
     options.setdefault("log_level", "warning")
+    # Both sides would close an idle connection after 5 seconds, which on a slow machine may be the
+    # moment in which the client uses it again.
+    options.setdefault("timeout_keep_alive", 60)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **options)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -54,7 +57,7 @@ async def http_client(app: Any, **options: Any) -> AsyncGenerator[httpx.AsyncCli
     Yields:
         A client of the application, with as many connections as it needs.
     """
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=None)
     async with (
         serve(app, **options) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30) as client,
