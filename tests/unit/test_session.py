@@ -484,3 +484,30 @@ async def test_whoever_asks_while_another_task_waits_for_the_engine_gets_its_ses
             gate.set()
             assert await waiting is await last
         await making
+
+
+async def test_an_open_connect_makes_the_next_session_for_the_host_that_was_set_since() -> None:
+    hosts: list[str] = []
+
+    def create(host: str) -> Any:
+        hosts.append(host)
+        return Mock(spec=["dispose"])
+
+    connect = DBConnect(create, lambda _: async_sessionmaker(), "one")
+    for host in ("one", "other"):
+        connect.host = host
+        async with new_db_session_ctx():
+            await db_session(connect)
+    assert hosts == ["one", "other"]
+
+
+async def test_an_open_connect_makes_the_next_session_by_what_was_put_there(
+    connect: DBConnect,
+) -> None:
+    async with new_db_session_ctx():
+        await db_session(connect)
+    put: Any = Mock(side_effect=connect._session_maker)
+    connect._session_maker = put
+    async with new_db_session_ctx():
+        await db_session(connect)
+    assert put.call_count == 1
