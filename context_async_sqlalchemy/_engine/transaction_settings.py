@@ -143,8 +143,7 @@ class _BeginsWith:
     def execute(self, query: str, *args: Any, **options: Any) -> Awaitable[str]:
         if self.begin_with and query.startswith("BEGIN"):
             query, self.begin_with = f"{query} {self.begin_with}", ""
-        executing: Awaitable[str] = super().execute(query, *args, **options)  # type: ignore[misc]
-        return executing
+        return super().execute(query, *args, **options)  # type: ignore[misc,no-any-return]
 
 
 @cache

@@ -134,11 +134,8 @@ class ASGIHTTPDBSessionMiddleware:
             await abandon(context, error, has_answered=settling.started)
             raise
         else:
-            if context.is_settled():
-                await context.end()
-            else:
-                commit = settling.succeeded()
-                await finish(context, commit=commit, before_commit=self.before_commit)
+            commit = settling.succeeded()
+            await finish(context, commit=commit, before_commit=self.before_commit)
         finally:
             # The server's `send` may refer to the scope, and the error to all of this.
             scope.pop(RECIPIENT, None)

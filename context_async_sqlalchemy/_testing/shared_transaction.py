@@ -31,8 +31,8 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         )
     if sync_engine.dialect.name not in ("postgresql", "sqlite"):
         raise NotImplementedError(
-            "a test's transaction is for PostgreSQL and SQLite: MySQL commits it with each table, "
-            "and do not fail at a COMMIT by the driver"
+            "a test's transaction is for PostgreSQL and SQLite: no other database can be kept from "
+            "a COMMIT by the driver, and MySQL commits with each CREATE TABLE"
         )
     async with engine.connect() as connection:
         shared = SharedConnection(connection, timeout)

@@ -6,10 +6,12 @@ import ssl
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
 import trustme
 from sqlalchemy import URL, NullPool
+from sqlalchemy.exc import SQLAlchemyError
 
 from context_async_sqlalchemy import DBConnect
 from tests.helpers.tls import impostor
@@ -88,7 +90,8 @@ async def test_no_impostor_gets_a_password_that_libpq_keeps(
 
 
 async def fail_to_connect(url: str) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011
+    refusals = (ValueError, OSError, SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError)
+    with pytest.raises(refusals):
         async with DBConnect.from_url(url, poolclass=NullPool) as connect:
             await connect.ping()
 
