@@ -1,0 +1,78 @@
+"""A statement that was cancelled ends at the server, too, though its connection is closed at once.
+
+The drivers ask the server to cancel it, and wait. An anyio cancel scope, which a BaseHTTPMiddleware
+has, cancels that again: the statement would go on until its end, with its locks.
+"""
+
+import asyncio
+from typing import Any
+
+from sqlalchemy import Engine, PoolProxiedConnection, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.private_names import take_cancellations
+
+
+def cancel_at_server(engine: Engine) -> None:
+    """Do so for the connections of an engine, if they are PostgreSQL's."""
+    if engine.dialect.driver == "asyncpg":
+        event.listen(engine.pool, "invalidate", _go_on_cancelling)
+    elif engine.dialect.driver == "psycopg":
+        event.listen(engine.pool, "checkout", _keep_address)
+        event.listen(engine.pool, "invalidate", _cancel)
+
+
+def _go_on_cancelling(
+    _: DBAPIConnection, entry: ConnectionPoolEntry, __: BaseException | None
+) -> None:
+    for task in take_cancellations(entry.driver_connection):
+        _cancelling.add(task)
+        task.add_done_callback(_cancelling.discard)
+
+
+def _keep_address(
+    _: DBAPIConnection, entry: ConnectionPoolEntry, __: PoolProxiedConnection
+) -> None:
+    if _ADDRESS in entry.info:
+        return
+    from psycopg import capabilities  # the engine's driver, so it is there
+
+    driver: Any = entry.driver_connection
+    if capabilities.has_cancel_safe():  # libpq 17; the way before it holds up the whole process
+        entry.info[_ADDRESS] = driver.pgconn.cancel_conn()
+
+
+def _cancel(_: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None) -> None:
+    # psycopg has closed the connection already, and nothing of it is left to ask.
+    if isinstance(error, asyncio.CancelledError) and _ADDRESS in entry.info:
+        task = asyncio.get_running_loop().create_task(_send(entry.info.pop(_ADDRESS)))
+        _cancelling.add(task)
+        task.add_done_callback(_cancelling.discard)
+
+
+async def _send(request: Any) -> None:
+    """Send a request to cancel; https://www.postgresql.org/docs/current/libpq-cancel.html."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_SECONDS):
+            request.start()
+            while (wait_for := _WAIT_FOR.get(request.poll())) is not None:
+                ready, descriptor = asyncio.Event(), request.socket
+                add, remove = (getattr(loop, f"{what}_{wait_for}") for what in ("add", "remove"))
+                add(descriptor, ready.set)
+                try:
+                    await ready.wait()
+                finally:
+                    remove(descriptor)
+    except Exception as error:
+        logger.info("A statement could not be cancelled at the server: %s", type(error).__name__)
+    finally:
+        request.finish()
+
+
+_WAIT_FOR = {1: "reader", 2: "writer"}  # PGRES_POLLING_READING, PGRES_POLLING_WRITING
+_SECONDS = 5.0
+_ADDRESS = "context_async_sqlalchemy.address"
+_cancelling: set[asyncio.Task[None]] = set()  # a loop has only weak references to its tasks
