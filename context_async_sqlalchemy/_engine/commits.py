@@ -12,15 +12,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from context_async_sqlalchemy._engine.cancel_at_server import cancel_at_server
 from context_async_sqlalchemy._engine.driver_errors import is_refused_commit
 from context_async_sqlalchemy._engine.private_names import (
     CommitWasRollbackError,
     has_failed_to_begin,
     let_commit_tell,
-    replace_commit,
+    replace_of_dialect,
     takes_one_engine,
 )
-from context_async_sqlalchemy._engine.release import connections_of
 from context_async_sqlalchemy._engine.sqlite import release_savepoint
 
 _CHECK = "_context_async_sqlalchemy_commits"
@@ -58,11 +58,20 @@ def check_commits_of(session: AsyncSession) -> None:
         event.listen(sync_session, "after_begin", _check_connection)
 
 
-def check_open_connections(session: AsyncSession) -> None:
+def check_open_connections(connections: list[Connection]) -> None:
     """Do so for the connections that a session has now: a statement may name another engine."""
-    for connection in connections_of(session):
+    for connection in connections:
         if not hasattr(connection.dialect, _CHECK):
             check_commits(connection.engine)
+
+
+def has_one_commit(session: AsyncSession, connections: list[Connection]) -> bool:
+    """Return whether a session with these connections sends one COMMIT, on its own engine."""
+    if len(connections) > 1 or not takes_one_engine(session.sync_session):
+        return False
+    # Its flush opens that of its own engine, if a statement has named another one before.
+    own = getattr(session.sync_session.bind, "engine", None)
+    return not connections or connections[0].engine is own
 
 
 @dataclass
@@ -82,8 +91,9 @@ class _Check:
         self._dialect = engine.dialect
         self._do_commit = engine.dialect.do_commit
         self._commit_and_ask = _COMMIT.get(engine.dialect.driver, _commit_unasked)
-        replace_commit(engine.dialect, self._commit)
+        replace_of_dialect(engine.dialect, "do_commit", self._commit)
         event.listen(engine.pool, "checkin", _clean)
+        cancel_at_server(engine)
         event.listen(engine, "handle_error", _note_error)
 
     def _commit(self, connection: PoolProxiedConnection) -> None:
@@ -152,8 +162,9 @@ def _check_connection(_: Session, __: SessionTransaction, connection: Connection
 def _clean(_: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
     entry.info.pop(_NOTED, None)
     driver = entry.driver_connection
-    is_in_transaction = getattr(driver, "is_in_transaction", bool)  # asyncpg's
-    if is_in_transaction() or has_failed_to_begin(driver):
+    is_closed = getattr(driver, "is_closed", bool)  # asyncpg's, which may close it by itself
+    is_in_transaction = getattr(driver, "is_in_transaction", bool)
+    if is_closed() or is_in_transaction() or has_failed_to_begin(driver):
         entry.invalidate()
 
 

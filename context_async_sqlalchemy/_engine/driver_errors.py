@@ -119,6 +119,12 @@ def is_from_server(error: BaseException) -> bool:
     )
 
 
+def was_canceled(exc: BaseException) -> bool:
+    """Return whether PostgreSQL ended a statement: it took too long, or somebody asked for it."""
+    errors = (getattr(related, "orig", related) for related in _related(exc))
+    return any(getattr(error, "sqlstate", None) == "57014" for error in errors)
+
+
 def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
     """Return whether a COMMIT that failed with a driver's error has certainly not taken place."""
     # SQLAlchemy's adapter of aiosqlite has no such class.
@@ -129,19 +135,6 @@ def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
     if _kind_of_mysql_number(error) is TransientKind.CONFLICT:
         return True  # as a cluster of MariaDB does
     return is_from_server(error) and not says_connection_is_lost(error)
-
-
-def is_concurrent_use(error: BaseException) -> bool:
-    """Return whether two tasks, such as those of a group, have used a session at the same time."""
-    # SQLAlchemy's code for an "illegal state change" of a session; asyncpg has no code for it.
-    return any(
-        getattr(related, "code", None) == "isce"
-        or (
-            isinstance(related, InterfaceError)
-            and "another operation is in progress" in str(related)
-        )
-        for related in _related(error)
-    )
 
 
 def classes_of_errors() -> list[type[Exception]]:
