@@ -11,12 +11,21 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import URL, NullPool, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 
-from context_async_sqlalchemy import DBConnect, PoolStatus, new_non_ctx_session
+from context_async_sqlalchemy import (
+    DBConnect,
+    PoolStatus,
+    db_session,
+    new_db_session_ctx,
+    new_non_ctx_session,
+)
 from tests.helpers.database import Database
+from tests.helpers.proxy import Call, proxy
 
 DRIVERS = ["asyncpg", "psycopg"]
 
@@ -202,6 +211,18 @@ async def test_a_detached_connection_is_in_use_no_longer(database_url: URL) -> N
         await driver.close()
 
 
+async def test_a_connection_that_its_driver_has_closed_is_not_kept(database_url: URL) -> None:
+    async with DBConnect.from_url(database_url, pool_size=1, max_overflow=0) as connect:
+        await connect.ping()
+        assert connect.engine is not None
+        raw = await connect.engine.raw_connection()
+        driver: Any = raw.driver_connection
+        driver.terminate()  # as after a time-out that the server does not answer
+        raw.close()
+        assert connect.pool_status().checked_out == 0
+        await connect.ping()
+
+
 async def test_the_copies_of_an_engine_are_counted_together(database_url: URL) -> None:
     base = create_async_engine(database_url, poolclass=NullPool)
     connect = DBConnect(
@@ -213,3 +234,67 @@ async def test_the_copies_of_an_engine_are_counted_together(database_url: URL) -
             gc.collect()  # the copy that is used no longer
             assert connect.pool_status().checked_out == 1
         assert connect.pool_status().checked_out == 0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("library", ["asyncio", "anyio"])
+@pytest.mark.parametrize("whose", ["a connect's", "another one's"])
+async def test_a_statement_that_is_cancelled_is_cancelled_at_the_server(
+    database_url: URL, database: Database, driver: str, library: str, whose: str
+) -> None:
+    async def work(connect: DBConnect) -> None:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            if whose == "another one's":
+                await session.execute(text("SELECT 1"))  # from then on, it is known
+                await session.commit()
+            await session.execute(text("SELECT pg_sleep(60)"))
+
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    other = create_async_engine(url)
+
+    class Routed(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Any:
+            return other.sync_engine
+
+    routed = {"sync_session_class": Routed} if whose == "another one's" else {}
+    async with DBConnect.from_url(url, session_options=routed) as connect:  # type: ignore[arg-type]
+        async with anyio.create_task_group() as tasks:
+            task = asyncio.create_task(work(connect)) if library == "asyncio" else None
+            if task is None:
+                tasks.start_soon(work, connect)
+            await becomes(database.is_asleep)
+            # anyio's scopes cancel again at each await.
+            tasks.cancel_scope.cancel() if task is None else task.cancel()
+        await database.is_quiet()
+    await other.dispose()
+    if task is not None:
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_cancellation_at_the_server_holds_nobody_up(database_url: URL) -> None:
+    is_silent = False
+    silence, is_held = asyncio.Event(), asyncio.Event()
+
+    async def hold(_: Call) -> None:
+        if is_silent:
+            is_held.set()
+            await silence.wait()
+
+    async def work(connect: DBConnect) -> None:
+        nonlocal is_silent
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(text("SELECT 1"))
+            is_silent = True
+            await session.execute(text("SELECT 2"))
+
+    # The proxy is on this loop: it answers nothing while something blocks the process.
+    async with proxy("127.0.0.1", database_url.port or 5432, hold) as port:
+        url = database_url.set(drivername="postgresql+psycopg", host="127.0.0.1", port=port)
+        async with DBConnect.from_url(url) as connect:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(work, connect)
+                await is_held.wait()
+                tasks.cancel_scope.cancel()
+            silence.set()
