@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._testing.shared_transaction import share_connection
-from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
+from context_async_sqlalchemy._unit.blocks import NO_SESSION, new_db_session_ctx
 from context_async_sqlalchemy._unit.context import current_context, open_context
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.context import is_context_initiated, put_db_session_to_context
@@ -84,12 +84,12 @@ async def set_test_context(auto_close: bool = False) -> AsyncGenerator[None]:
     if auto_close:
         async with new_db_session_ctx():
             current_context().is_test = True
-            yield
+            yield NO_SESSION
         return
     context = open_context()
     context.is_test = True
     try:
-        yield
+        yield NO_SESSION
     finally:
         await context.close_made()
         await context.end(with_close=False)

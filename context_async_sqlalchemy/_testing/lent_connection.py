@@ -44,6 +44,9 @@ class LentConnection:
         self._shared.enter(self)
         return self._shared.driver.cursor(*args, **options)
 
+    def end_statement(self) -> None:
+        self._shared.end_statement(self)
+
     def commit(self) -> None:
         self._shared.commit(self)
 

@@ -102,6 +102,13 @@ class SharedConnection:
                 self._store(lent)
             self._begin(lent)
 
+    def end_statement(self, lent: LentConnection) -> None:
+        """Give the turn back between two statements in AUTOCOMMIT, as they hold no lock."""
+        if lent.autocommit and self.turns.has(lent):
+            with self._alone():
+                if self.turns.has(lent) and not has_ended(self.driver):
+                    self._store(lent)
+
     def commit(self, lent: LentConnection) -> None:
         """Make the work of `lent` part of the enclosing transaction."""
         if not lent.has_begun:

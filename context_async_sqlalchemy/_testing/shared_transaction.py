@@ -6,14 +6,17 @@ from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Connection, NullPool, Pool, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from context_async_sqlalchemy._engine import sqlite
 from context_async_sqlalchemy._engine.private_names import replace_pool
+from context_async_sqlalchemy._engine.read_only import READ_ONLY
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
 from context_async_sqlalchemy._testing.no_commit import ENDED, refuse_end
+from context_async_sqlalchemy._testing.only_shared import connection_of_test
 from context_async_sqlalchemy._testing.shared_connection import SharedConnection
 
 
@@ -34,7 +37,7 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
             "a test's transaction is for PostgreSQL and SQLite: no other database can be kept from "
             "a COMMIT by the driver, and MySQL commits with each CREATE TABLE"
         )
-    async with engine.connect() as connection:
+    async with connection_of_test(engine) as connection:
         shared = SharedConnection(connection, timeout)
         await shared.begin()
         pool = sync_engine.pool
@@ -43,6 +46,8 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
         _pools.add(sync_engine.pool)
         event.listen(sync_engine, "begin_twophase", _refuse_two_phases)
         event.listen(sync_engine, "before_cursor_execute", _see_statement, retval=True)
+        event.listen(sync_engine, "after_cursor_execute", _end_statement)
+        event.listen(sync_engine, "handle_error", _end_failed_statement)
         has_savepoint = event.contains(sync_engine, "begin", sqlite.begin)
         if has_savepoint:
             event.remove(sync_engine, "begin", sqlite.begin)
@@ -52,6 +57,8 @@ async def share_connection(engine: AsyncEngine, timeout: float) -> AsyncGenerato
             replace_pool(sync_engine, pool)
             event.remove(sync_engine, "begin_twophase", _refuse_two_phases)
             event.remove(sync_engine, "before_cursor_execute", _see_statement)
+            event.remove(sync_engine, "after_cursor_execute", _end_statement)
+            event.remove(sync_engine, "handle_error", _end_failed_statement)
             if has_savepoint:
                 event.listen(sync_engine, "begin", sqlite.begin)
             await run_to_completion(shared.end())
@@ -75,9 +82,25 @@ def _see_statement(
     # SQLAlchemy's page on SQLite recommends setting the driver to AUTOCOMMIT and sending BEGIN
     # explicitly.
     if connection.dialect.name == "sqlite" and statement.upper().startswith("BEGIN"):
-        lent.autocommit = False
+        lent.autocommit = connection.get_execution_options().get(READ_ONLY) is True
         return "SELECT 1", ()
     return statement, parameters
+
+
+def _end_statement(
+    connection: Connection, _: Any, __: Any, ___: Any, context: Any, ____: Any
+) -> None:
+    lent = connection.connection.dbapi_connection
+    # The rows of a server-side cursor are still to come.
+    if isinstance(lent, LentConnection) and not context.execution_options.get("stream_results"):
+        lent.end_statement()
+
+
+def _end_failed_statement(context: ExceptionContext) -> None:
+    if context.connection is not None and not context.connection.invalidated:
+        lent = context.connection.connection.dbapi_connection
+        if isinstance(lent, LentConnection) and isinstance(context.original_exception, Exception):
+            lent.end_statement()
 
 
 # The pools that lend a connection.
