@@ -1,7 +1,10 @@
 """Request-scoped sessions for SQLAlchemy's asyncio extension: 2xx means committed."""
 
+from typing import TYPE_CHECKING
+
 from context_async_sqlalchemy._engine.driver_errors import is_transient_error
 from context_async_sqlalchemy._engine.pool import PoolStatus
+from context_async_sqlalchemy._engine.wrong_module import says_where
 from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.blocks import new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy._unit.on_commit import on_commit
@@ -38,6 +41,7 @@ from context_async_sqlalchemy.session import (
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     rollback_db_session,
+    same_snapshot,
 )
 
 __all__ = [
@@ -73,4 +77,8 @@ __all__ = [
     "rollback_all_sessions",
     "rollback_db_session",
     "run_in_new_ctx",
+    "same_snapshot",
 ]
+
+if not TYPE_CHECKING:  # which would take every name for one that is there
+    __getattr__ = says_where(__name__)

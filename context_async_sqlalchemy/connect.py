@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -11,13 +10,15 @@ from typing import Any, Generic, NoReturn, Self, Unpack
 from sqlalchemy import URL, Executable, Select, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from context_async_sqlalchemy._engine.border import password_of, real_session
+from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
 from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
 from context_async_sqlalchemy._engine.from_url import creators_from_url, prepare_for_migrations
-from context_async_sqlalchemy._engine.log import hide_password, logger
+from context_async_sqlalchemy._engine.lazy_session_maker import LazySessionMaker
+from context_async_sqlalchemy._engine.log import hide_password
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
 from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
+from context_async_sqlalchemy._engine.readiness import until_ready
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
 
@@ -99,9 +100,8 @@ class DBConnect(Generic[SessionT_co]):
 
         SQLite: savepoints, reads and DDL belong to the transaction; foreign keys are enforced; a
         writer waits up to 5 seconds for another one. A transaction that reads before it writes
-        cannot wait, unless it begins with the lock:
-        `connect_args={"isolation_level": "IMMEDIATE"}`. A database in memory has one connection:
-        one session at a time uses it, the others wait.
+        cannot wait, unless `connect_args={"isolation_level": "IMMEDIATE"}` lets it begin with the
+        lock. A database in memory has one connection: one session at a time uses it, others wait.
 
         Args:
             url: A string, or a `sqlalchemy.URL`. Without a driver, `postgresql` (or `postgres`)
@@ -110,18 +110,19 @@ class DBConnect(Generic[SessionT_co]):
             **options: Those of `sqlalchemy.create_engine()` that are of use here, with its
                 defaults: `pool_size`, `pool_timeout`, `echo`, `connect_args` and so on; and:
 
-                - `before_create_session_handler`: As for `DBConnect`. `change_host` replaces the
-                  host of the URL, and with "host:port" its port. Default None.
+                - `before_create_session_handler`, `leak_detection_threshold`: As for `DBConnect`.
+                  `change_host` replaces the host of the URL, and with "host:port" its port.
                 - `hide_parameters`: Keep parameters out of errors. Default True; False with `echo`.
                 - `session_options`: What `async_sessionmaker` takes, such as a `class_` of your
                   own; `expire_on_commit` is False unless it is given here. Default None.
-                - `ping_after_idle`: With `pool_pre_ping=True`, ping a connection only if it was
-                  idle for longer than this, in seconds. Default 1.
+                - `ping_after_idle`: Seconds of no use before `pool_pre_ping` pings. Default 1.
                 - `idle_timeout`: Close a connection that was idle for longer than this, in seconds.
                   The pool then hands out the one that was used last. Default None: never.
                 - `min_idle`: How many idle connections `idle_timeout` leaves open. Default 0.
-                - `leak_detection_threshold`: As for `DBConnect`, in seconds. Default None.
+                - `max_waiting`: How many may wait for a connection at a time. Default None: any.
                 - `transaction_settings`: Called at each BEGIN of PostgreSQL: settings by name.
+                - `begin_with_first_statement`: In one round trip, with asyncpg. Default False.
+                - `verify_commits`: Look up a lost COMMIT (`verify_timeout`: 5 s). Default False.
 
         Raises:
             ModuleNotFoundError: If the driver is not installed.
@@ -211,6 +212,18 @@ class DBConnect(Generic[SessionT_co]):
         handler = self._before_create_session_handler
         return await self._engines.session_maker_after(handler and partial(handler, self))
 
+    def lazy_session_maker(self) -> async_sessionmaker[SessionT_co]:
+        """Return an `async_sessionmaker` for what wants one at import time, such as an admin panel.
+
+        It uses the engine that this connect has when it is called, in an event loop. Its sessions
+        are in no context: who makes one commits and closes it. `configure()` changes only this one.
+        It raises `RuntimeError` if it would have to wait: outside of an event loop; or if there is
+        no engine yet, and a creator is an async function, or the handler has to set the host: then
+        `await connect.session_maker()` first. The handler runs before a session's first statement.
+        """
+        handler = self._before_create_session_handler
+        return LazySessionMaker(self._engines, self.session_maker if handler else None)
+
     async def ping(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109
         """Send the database SELECT 1, on a session of its own.
 
@@ -241,25 +254,8 @@ class DBConnect(Generic[SessionT_co]):
         """
         if attempts < 1 or delay < 0:
             raise ValueError("attempts must be at least 1, and delay at least 0 seconds")
-        for attempt in range(1, attempts + 1):
-            try:
-                await self._execute(select(1) if statement is None else statement.limit(1))
-            except (TypeError, ValueError):
-                raise  # a mistake in the program, which does not go away
-            except Exception as error:
-                logger.warning(
-                    "The database of %r is not ready (attempt %s of %s): %s: %s",
-                    self,
-                    attempt,
-                    attempts,
-                    type(error).__name__,
-                    hide_password(str(error), password_of(self.engine)),
-                )
-                if attempt == attempts:
-                    raise
-                await asyncio.sleep(delay)
-            else:
-                return
+        statement = select(1) if statement is None else statement.limit(1)
+        await until_ready(self, partial(self._execute, statement), attempts, delay)
 
     def pool_status(self) -> PoolStatus:
         """Count the connections of the engine in use; all are 0 if there is none."""

@@ -13,7 +13,8 @@ from context_async_sqlalchemy._unit.context import (
     current_context,
     open_context,
 )
-from context_async_sqlalchemy._unit.session_block import leave_open
+from context_async_sqlalchemy._unit.read_only import key_of
+from context_async_sqlalchemy._unit.session_block import share
 from context_async_sqlalchemy.connect import DBConnect
 from context_async_sqlalchemy.exceptions import (
     ContextAlreadyInitiatedError as ContextAlreadyInitiatedError,
@@ -81,7 +82,8 @@ def get_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
-    session: SessionT | None = current_context().by_key.get(connect.context_key)
+    context = current_context()
+    session: SessionT | None = context.by_key.get(key_of(context, connect))
     return session
 
 
@@ -97,8 +99,8 @@ def put_db_session_to_context(connect: DBConnect, session: AsyncSession) -> None
     if isinstance(session, Session):
         raise TypeError("a context holds AsyncSession objects, not sync Session ones")
     context = current_context()
+    share(session)
     context.put(connect.context_key, session)
-    leave_open(session, context)
 
 
 def pop_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None:
@@ -110,4 +112,5 @@ def pop_db_session_from_context(connect: DBConnect[SessionT]) -> SessionT | None
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
-    return cast("SessionT | None", current_context().pop(connect.context_key))
+    context = current_context()
+    return cast("SessionT | None", context.pop(key_of(context, connect)))

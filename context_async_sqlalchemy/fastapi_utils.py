@@ -1,9 +1,10 @@
 """For FastAPI: what there is for Starlette, and the session as a dependency."""
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from fastapi import FastAPI
 
+from context_async_sqlalchemy._engine.wrong_module import says_where
 from context_async_sqlalchemy._http.dependency import DBSessionDependency
 from context_async_sqlalchemy._http.middleware import MiddlewareOptions
 from context_async_sqlalchemy._unit.settle import BeforeCommitCallback
@@ -23,6 +24,9 @@ __all__ = [
     "database_lifespan",
     "fastapi_http_db_session_middleware",
 ]
+
+if not TYPE_CHECKING:  # which would take every name for one that is there
+    __getattr__ = says_where(__name__)
 
 
 def add_fastapi_http_db_session_middleware(

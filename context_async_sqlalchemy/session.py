@@ -6,11 +6,14 @@ from contextlib import asynccontextmanager
 from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.release import close_sessions
+from context_async_sqlalchemy._engine.release_in_turn import close_in_turn
 from context_async_sqlalchemy._unit.atomic import (
     CurrentTransaction as CurrentTransaction,
     atomic_db_session as atomic_db_session,
 )
 from context_async_sqlalchemy._unit.context import current_context
+from context_async_sqlalchemy._unit.read_only import key_of
+from context_async_sqlalchemy._unit.same_snapshot import same_snapshot as same_snapshot
 from context_async_sqlalchemy._unit.sessions import db_session as db_session
 from context_async_sqlalchemy._unit.settle import commit_session
 from context_async_sqlalchemy.connect import DBConnect
@@ -23,7 +26,8 @@ async def commit_db_session(connect: DBConnect) -> None:
         CommitOutcomeUnknownError: If the connection was lost during COMMIT.
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
-    session = current_context().by_key.get(connect.context_key)
+    context = current_context()
+    session = context.by_key.get(key_of(context, connect))
     if session is not None:
         await commit_session(real_session(session))
 
@@ -34,7 +38,8 @@ async def rollback_db_session(connect: DBConnect) -> None:
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
-    session = current_context().by_key.get(connect.context_key)
+    context = current_context()
+    session = context.by_key.get(key_of(context, connect))
     if session is not None:
         await session.rollback()
 
@@ -48,9 +53,10 @@ async def close_db_session(connect: DBConnect) -> None:
     Raises:
         ContextNotInitiatedError: If there is no context, or it has ended (`ContextClosedError`).
     """
-    session = current_context().by_key.pop(connect.context_key, None)
+    context = current_context()
+    session = context.by_key.pop(key_of(context, connect), None)
     if session is not None:
-        await close_sessions([real_session(session)])
+        await close_in_turn(real_session(session))
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 import stamina
-from sqlalchemy import URL, NullPool, text
+from sqlalchemy import URL, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from context_async_sqlalchemy import DBConnect
@@ -27,7 +27,7 @@ pytest.register_assert_rewrite(
 )
 
 from tests.helpers.connections import connections_out
-from tests.helpers.database import Database, checked_connect, make_connect, server_url
+from tests.helpers.database import Database, checked_connect, make_connect, new_database
 from tests.helpers.models import Base
 from tests.helpers.names import unique_name
 from tests.helpers.postgres import postgres_server
@@ -62,26 +62,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def database_url() -> Generator[URL]:
     """Return the URL of a database that this worker has made for itself, and drops at the end."""
-    server = server_url()
-    name = unique_name("context_async_sqlalchemy")
-    url = server.set(database=name)
 
-    async def create_tables() -> None:
+    async def create_tables(url: URL) -> None:
         engine = create_async_engine(url, poolclass=NullPool)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
 
-    async def run(statement: str) -> None:
-        engine = create_async_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-        async with engine.connect() as connection:
-            await connection.execute(text(statement))
-
-    asyncio.run(run(f"CREATE DATABASE {name}"))
-    try:
-        asyncio.run(create_tables())
+    with new_database("context_async_sqlalchemy") as url:
+        asyncio.run(create_tables(url))
         yield url
-    finally:
-        asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest_asyncio.fixture

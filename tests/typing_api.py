@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, assert_type
 
+from anyio import from_thread, to_thread
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -26,8 +28,12 @@ from context_async_sqlalchemy import (
     roll_back_this_request,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
+from context_async_sqlalchemy.fastapi_utils import (
+    DBSessionDependency,
+    add_fastapi_http_db_session_middleware,
+)
 from context_async_sqlalchemy.postgres import keep_on_primary
+from context_async_sqlalchemy.replicas import Replicated
 from context_async_sqlalchemy.test_utils import (
     put_savepoint_session_in_ctx,
     rollback_session,
@@ -44,6 +50,12 @@ class OurSession(AsyncSession):
 
 async def with_the_class_of_sqlalchemy(connect: DBConnect) -> None:
     assert_type(await db_session(connect), AsyncSession)
+    assert_type(await db_session(connect, read_only=True), AsyncSession)
+    assert_type(await db_session(connect, read_only="snapshot"), AsyncSession)
+    await db_session(connect, read_only="snap")  # type: ignore[call-overload]
+    assert_type(await to_thread.run_sync(from_thread.run, db_session, connect), AsyncSession)
+    assert_type(await run_in_new_ctx(db_session, connect), AsyncSession)
+    assert_type(await asyncio.gather(*map(db_session, [connect])), list[AsyncSession])
     assert_type(await connect.create_session(), AsyncSession)
 
 
@@ -62,6 +74,8 @@ async def with_a_class_of_their_own(engine: AsyncEngine) -> None:
     ):
         assert_type(connect, DBConnect[OurSession])
         assert_type(await db_session(connect), OurSession)
+        assert_type(await db_session(connect, read_only=True), OurSession)
+        assert_type(await to_thread.run_sync(from_thread.run, db_session, connect), OurSession)
         assert_type(await (await db_session(connect)).exec("SELECT"), list[str])
         assert_type(await connect.create_session(), OurSession)
         assert_type(get_db_session_from_context(connect), OurSession | None)
@@ -83,6 +97,7 @@ async def with_a_class_of_their_own(engine: AsyncEngine) -> None:
             assert_type(five, OurSession)
             assert_type(six, OurSession)
         assert_type(DBSessionDependency(connect).connect, DBConnect[OurSession])
+        assert_type(await db_session(Replicated(connect, connect, secret="")), OurSession)
         # Who does not care about the class takes any connect.
         await with_the_class_of_sqlalchemy(connect)
         on_commit(connect, print)
@@ -128,5 +143,8 @@ async def functions_keep_their_types() -> None:
 def the_middleware_takes_its_options(app: Any) -> None:
     ASGIHTTPDBSessionMiddleware(app, attempts=3, commit_on=lambda status: status < 300)
     ASGIHTTPDBSessionMiddleware(app, attempts="3")  # type: ignore[arg-type]
+    ASGIHTTPDBSessionMiddleware(app, read_only_methods={"GET", "HEAD"})
+    add_fastapi_http_db_session_middleware(app, read_only_methods=["GET"])
+    add_fastapi_http_db_session_middleware(app, read_only_methods=1)  # type: ignore[arg-type]
     DBConnect.from_url("sqlite://", pool_sise=3)  # type: ignore[call-arg]
     DBConnect.from_url("sqlite://", session_options={"autoflash": 3})  # type: ignore[arg-type]

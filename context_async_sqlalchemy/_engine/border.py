@@ -28,6 +28,13 @@ def password_of(engine: AsyncEngine | None) -> str | None:
     return password if isinstance(password, str) else None
 
 
+def is_mocked(connect: Any) -> bool:
+    """Return whether something that a test has put there makes the sessions of a connect."""
+    own = vars(connect)
+    # A mock has no engines; a method that was replaced is among what is the connect's own.
+    return "_engines" not in own or "create_session" in own or "session_maker" in own
+
+
 def threshold_of(connect: object) -> float | None:
     """Return the `leak_detection_threshold` of a connect; a mock of one has none."""
     threshold = getattr(connect, "leak_detection_threshold", None)

@@ -1,6 +1,11 @@
 """What a connect or a context is given, checked before it is used."""
 
 import math
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 
 def check_callable(name: str, value: object) -> None:
@@ -14,6 +19,26 @@ def check_host(host: str) -> str:
     if not host:
         raise ValueError("host must not be empty")
     return host
+
+
+def check_engine(engine: Any) -> AsyncEngine:
+    """Refuse what an engine_creator must not return."""
+    if isinstance(engine, Engine) or not hasattr(engine, "dispose"):
+        raise TypeError(
+            f"engine_creator must return an AsyncEngine, not {type(engine).__name__}: "
+            "make it with create_async_engine()"
+        )
+    return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks
+
+
+def check_session_maker(session_maker: Any) -> async_sessionmaker[Any]:
+    """Refuse what a session_maker_creator must not return."""
+    if isinstance(session_maker, sessionmaker) or not callable(session_maker):
+        raise TypeError(
+            "session_maker_creator must return an async_sessionmaker, "
+            f"not {type(session_maker).__name__}"
+        )
+    return session_maker  # type: ignore[no-any-return]  # duck-typed, too
 
 
 def check_threshold(threshold: float | None) -> None:

@@ -1,16 +1,20 @@
 """The engines of a connect: one on each event loop, made when it is first needed."""
 
 import asyncio
-import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
-from sqlalchemy.orm import sessionmaker
 
-from context_async_sqlalchemy._engine.checks import check_callable, check_host
+from context_async_sqlalchemy._engine.checks import (
+    check_callable,
+    check_engine,
+    check_host,
+    check_session_maker,
+)
+from context_async_sqlalchemy._engine.created import ResultOf, result_of, without_waiting
 from context_async_sqlalchemy._engine.guard import close_engine, finish_closing, guard
 from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
@@ -18,8 +22,6 @@ from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.one_connection import take_turns
 from context_async_sqlalchemy._engine.pool import count_connections
 from context_async_sqlalchemy._engine.shield import run_to_completion
-
-T = TypeVar("T")
 
 _MOMENT = 1.0  # seconds
 SessionMaker: TypeAlias = async_sessionmaker[Any]
@@ -62,6 +64,7 @@ class Engines:
         self._retiring: set[asyncio.Task[None]] = set()
         self._places = PerLoop(_Place)
         self._pinned: _Place | None = None
+        self.readers: dict[Any, Any] = {}  # of its connect, by what they read
         self._close_unpinned = False
 
     def anew(self) -> "Engines":
@@ -102,6 +105,22 @@ class Engines:
                 retiring = self._put(place, opened)
         await _wait_a_moment(retiring)
         return opened
+
+    def get_now(self) -> SessionMaker:
+        """Return the sessionmaker for the host, its engine made if there is none, without waiting.
+
+        `WouldWaitError` if there is something to wait for.
+        """
+        place = self._places.here()
+        if self.session_maker_put_by_hand is not None:
+            return self.session_maker_put_by_hand
+        if self._pinned is not None:
+            return self._get_pinned(place).session_maker
+        if (session_maker := self.at_hand()) is not None:
+            return session_maker
+        opened = without_waiting(partial(self._make, self.host.now))
+        self._put(place, opened)
+        return opened.session_maker
 
     def put(self, engine: AsyncEngine) -> None:
         """Put an engine here that somebody else made."""
@@ -162,6 +181,11 @@ class Engines:
             if self._close_unpinned:
                 await self.close()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the transaction of a test is open."""
+        return self._pinned is not None
+
     def here(self) -> AsyncEngine | None:
         """Return the engine of the running loop, or the one opened last, or put here by hand."""
         if self._pinned is not None and self._pinned.opened is not None:
@@ -193,14 +217,14 @@ class Engines:
             )
         return await self.make_engine(host)
 
-    async def make_engine(self, host: str | None) -> AsyncEngine:
+    async def make_engine(self, host: str | None, result_of: ResultOf = result_of) -> AsyncEngine:
         """Make an engine that belongs to the caller."""
         if host is not None:
             check_host(host)
         elif self.needs_host:
             raise ValueError("host is not set")
         made = self._engine_creator(host)  # type: ignore[arg-type]  # None: the URL's
-        return _check_engine(await _result_of(made))
+        return check_engine(await result_of(made))
 
     def _get_pinned(self, place: _Place) -> Opened:
         if place is not self._pinned or place.opened is None:
@@ -228,26 +252,18 @@ class Engines:
         for task in closing:
             task.result()
 
-    async def _make(self, host: str | None) -> Opened:
-        engine = await self.make_engine(host)
+    async def _make(self, host: str | None, result_of: ResultOf = result_of) -> Opened:
+        engine = await self.make_engine(host, result_of)
         take_turns(engine)
         guard(engine)
         try:
-            session_maker = await self._make_session_maker(engine)
+            made = await result_of(self._session_maker_creator(engine))
+            session_maker = check_session_maker(made)
         except BaseException:
             self._retire(engine)  # a creator may have used it
             raise
         count_connections(engine)
         return Opened(host, engine, session_maker)
-
-    async def _make_session_maker(self, engine: AsyncEngine) -> SessionMaker:
-        session_maker: Any = await _result_of(self._session_maker_creator(engine))
-        if isinstance(session_maker, sessionmaker) or not callable(session_maker):
-            raise TypeError(
-                "session_maker_creator must return an async_sessionmaker, "
-                f"not {type(session_maker).__name__}"
-            )
-        return session_maker  # type: ignore[no-any-return]  # duck-typed, too
 
     def _put(self, place: _Place, opened: Opened) -> list[asyncio.Task[None]]:
         """Put an engine in the place of another one; return the tasks that close the latter."""
@@ -276,16 +292,3 @@ async def _wait_a_moment(retiring: list[asyncio.Task[None]]) -> None:
     # Its connections are closed when this returns, unless the server is silent.
     if retiring:
         await asyncio.wait(retiring, timeout=_MOMENT)
-
-
-async def _result_of(made: Awaitable[T] | T) -> T:
-    return await made if inspect.isawaitable(made) else made
-
-
-def _check_engine(engine: Any) -> AsyncEngine:
-    if isinstance(engine, Engine) or not hasattr(engine, "dispose"):
-        raise TypeError(
-            f"engine_creator must return an AsyncEngine, not {type(engine).__name__}: "
-            "make it with create_async_engine()"
-        )
-    return engine  # type: ignore[no-any-return]  # duck-typed: users' tests pass mocks

@@ -1,13 +1,20 @@
 """An engine, and a sessionmaker for it, from a database URL."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Unpack, cast
 
-from sqlalchemy import URL, AsyncAdaptedQueuePool, Pool, QueuePool
+from sqlalchemy import URL, Pool, QueuePool
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
+from context_async_sqlalchemy._engine.begin_in_flight import (
+    begin_with_first_statement,
+    check_begin_with_first_statement,
+)
+from context_async_sqlalchemy._engine.fair_pool import fair_pool
 from context_async_sqlalchemy._engine.libpq import lets_impostors_in, translate_libpq_url
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
@@ -19,6 +26,7 @@ from context_async_sqlalchemy._engine.transaction_settings import (
     check_transaction_settings,
 )
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
+from context_async_sqlalchemy._engine.verify_commits import check_verify_commits, verify_commits
 
 # Of this package, by the driver that they install.
 _EXTRAS = {"asyncpg": "postgresql", "psycopg": "psycopg", "aiosqlite": "sqlite", "asyncmy": "mysql"}
@@ -46,6 +54,10 @@ def creators_from_url(
     ping_after_idle = options.pop("ping_after_idle", 1.0)
     idle_timeout, min_idle = options.pop("idle_timeout", None), options.pop("min_idle", 0)
     settings = options.pop("transaction_settings", None)
+    max_waiting = options.pop("max_waiting", None)
+    begins_with_first = options.pop("begin_with_first_statement", False)
+    verifies = options.pop("verify_commits", False)
+    verify_timeout = options.pop("verify_timeout", 5.0)
     # What is left, and what nobody knows, which `create_engine` refuses.
     engine_options = cast("EngineOptions", options)
     # echo shows them, and is asked for. `error.params` has them in any case.
@@ -57,15 +69,29 @@ def creators_from_url(
         raise ValueError("min_idle needs an idle_timeout")
     if settings is not None:
         check_transaction_settings(database, settings, engine_options)
+    if max_waiting is not None:
+        _check_max_waiting(max_waiting, engine_options)
+    if begins_with_first:
+        check_begin_with_first_statement(database)
+    if verifies:
+        check_verify_commits(database, verify_timeout)
 
     def make_engine(host: str | None) -> AsyncEngine:
         engine = create_engine(
-            set_host(database, host), ping_after_idle=ping_after_idle, **engine_options.copy()
+            set_host(database, host),
+            ping_after_idle=ping_after_idle,
+            max_waiting=max_waiting,
+            **engine_options.copy(),
         )
         if idle_timeout is not None:
             close_idle_connections(engine, idle_timeout, min_idle)
         if settings is not None:
             begin_with_settings(engine.sync_engine, settings)
+        if begins_with_first:
+            begin_with_first_statement(engine.sync_engine)
+        if verifies:
+            make_another = partial(create_engine, set_host(database, host), **engine_options)
+            verify_commits(engine.sync_engine, verify_timeout, make_another)
         return engine
 
     def make_session_maker(engine: AsyncEngine) -> async_sessionmaker[SessionT]:
@@ -73,7 +99,9 @@ def creators_from_url(
 
     # An error is raised now, not when the first session is made.
     try:
-        make_session_maker(make_engine(None))()
+        session_maker = make_session_maker(make_engine(None))
+        with suppress(LookupError):  # a class whose sessions are a tenant's has none for this one
+            session_maker()
         is_ambiguous = False
     except ValueError:
         is_ambiguous = any(
@@ -97,18 +125,29 @@ def creators_from_url(
 
 
 def create_engine(
-    url: URL, *, ping_after_idle: float = 1.0, **options: Unpack[EngineOptions]
+    url: URL,
+    *,
+    ping_after_idle: float = 1.0,
+    max_waiting: int | None = None,
+    **options: Unpack[EngineOptions],
 ) -> AsyncEngine:
     """Make an engine as `DBConnect.from_url` describes it; opens no connection."""
     _check(ping_after_idle, options)
     has_ping = options.pop("pool_pre_ping", False)
-    dialect = url.get_dialect()
+    dialect: Any = url.get_dialect()
     if dialect.driver == "asyncpg":
         url, arguments = translate_libpq_url(url)
         options["connect_args"] = _merge(arguments, options.get("connect_args", {}))
     if (password := url.query.get("sslpassword")) is not None:  # which the URL's repr would show
         url = url.difference_update_query(["sslpassword"])
         options["connect_args"] = {"sslpassword": password} | options.get("connect_args", {})
+    if is_in_memory(url) and "poolclass" not in options:
+        # SQLAlchemy would give one connection, and its transaction, to all sessions at a time: the
+        # rollback of one would undo what another has written.
+        options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
+        options["poolclass"] = fair_pool(max_waiting)
+    elif issubclass(dialect.get_pool_class(url), QueuePool):
+        options.setdefault("poolclass", fair_pool(max_waiting))
     if dialect.name == "sqlite":
         engine = _create_sqlite_engine(url, options)
     else:
@@ -135,6 +174,15 @@ def _check_idle_options(
         raise ValueError(f"idle_timeout is of no use with {poolclass.__name__}")
     if is_in_memory(url):
         raise ValueError("a database in memory ends with its connection: it takes no idle_timeout")
+
+
+def _check_max_waiting(max_waiting: int, options: EngineOptions) -> None:
+    if not isinstance(max_waiting, int) or isinstance(max_waiting, bool):
+        raise TypeError(f"max_waiting must be an int, not {type(max_waiting).__name__}")
+    if max_waiting < 0:
+        raise ValueError(f"max_waiting must be at least 0, not {max_waiting}")
+    if "poolclass" in options:
+        raise ValueError("max_waiting is for the pool that from_url makes: leave poolclass out")
 
 
 def _check(ping_after_idle: float, options: EngineOptions) -> None:
@@ -180,11 +228,6 @@ def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEng
 def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
     if "autocommit" in options.get("connect_args", {}):
         raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
-    if is_in_memory(url) and "poolclass" not in options:
-        # SQLAlchemy would give one connection, and its transaction, to all sessions at a time: the
-        # rollback of one would undo what another has written.
-        options["poolclass"] = AsyncAdaptedQueuePool
-        options["pool_size"], options["max_overflow"], options["pool_recycle"] = 1, 0, -1
     engine = _create_async_engine(url, **options)
     prepare_sqlite(engine.sync_engine)
     return engine

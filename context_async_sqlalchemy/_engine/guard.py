@@ -20,7 +20,7 @@ from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
     in_greenlet,
     pool_of,
-    replace_close,
+    replace_of_dialect,
 )
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
@@ -96,7 +96,7 @@ class _Guard:
         self._dialect = engine.dialect
         self._do_close = engine.dialect.do_close
         check_commits(engine)
-        replace_close(engine.dialect, self._close)
+        replace_of_dialect(engine.dialect, "do_close", self._close)
         event.listen(engine.pool, "checkin", self._on_checkin)
 
     def _close(self, connection: DBAPIConnection) -> None:

@@ -27,6 +27,7 @@ def take_turns(engine: AsyncEngine) -> None:
 
 
 class _InTurns(WatchedStaticPool):
+    __module__ = StaticPool.__module__  # SQLAlchemy names the logger of a pool after its class
     held: asyncio.Lock | None = None
 
     @cached_property

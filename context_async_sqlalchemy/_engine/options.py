@@ -89,4 +89,8 @@ class URLOptions(EngineOptions, Generic[SessionT], total=False):
     ping_after_idle: float
     idle_timeout: float | None
     min_idle: int
+    max_waiting: int | None
     transaction_settings: Callable[[], Mapping[str, str | int]] | None
+    begin_with_first_statement: bool
+    verify_commits: bool
+    verify_timeout: float

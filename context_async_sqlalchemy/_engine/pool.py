@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
@@ -17,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine import private_names
 from context_async_sqlalchemy._engine.border import sync_engine_of
+from context_async_sqlalchemy._engine.fair_pool import count_waiting
 from context_async_sqlalchemy._engine.log import logger
 
 _IDLE = "_context_async_sqlalchemy_idle"
@@ -34,6 +36,7 @@ class PoolStatus:
         checked_out: The connections in use.
         overflow: The connections beyond `size`.
         capacity: The most connections at a time; None if there is no limit.
+        waiting: How many wait for a connection, if `from_url` made the pool.
     """
 
     size: int = 0
@@ -41,6 +44,7 @@ class PoolStatus:
     checked_out: int = 0
     overflow: int = 0
     capacity: int | None = None
+    waiting: int = 0
 
 
 def pool_status(engine: AsyncEngine) -> PoolStatus:
@@ -59,6 +63,7 @@ def pool_status(engine: AsyncEngine) -> PoolStatus:
         checked_out=pool.checkedout(),
         overflow=max(pool.overflow(), 0),
         capacity=None if size == 0 or limit < 0 else size + limit,
+        waiting=count_waiting(pool),
     )
 
 
@@ -67,6 +72,16 @@ def count_connections(engine: AsyncEngine) -> None:
     sync_engine = sync_engine_of(engine)
     if not isinstance(sync_engine.pool, QueuePool) and sync_engine.dialect not in _counts:
         _counts[sync_engine.dialect] = _Count(sync_engine)
+
+
+async def open_connections(engine: AsyncEngine, number: int) -> None:
+    """Open `number` connections, or as many as the pool of `engine` keeps."""
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):
+        return
+    async with AsyncExitStack() as stack:
+        for _ in range(min(number, pool.size() or number)):
+            await stack.enter_async_context(engine.connect())
 
 
 def close_idle_connections(engine: AsyncEngine, timeout: float, min_idle: int) -> None:

@@ -7,21 +7,27 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import new_class
-from typing import Any, NoReturn
+from functools import cached_property
+from types import FunctionType, new_class
+from typing import Any
 
-from sqlalchemy import Connection, Dialect, Engine, Pool, QueuePool, StaticPool
+from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
+from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, QueuePool, StaticPool
 
 # How SQLAlchemy's own extensions wait inside a greenlet; no page of its documentation has them.
 from sqlalchemy.util import await_only as await_only, greenlet_spawn as greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet as in_greenlet
+from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 # What is read
+
+EXECUTE = (
+    "_execute_internal"  # of a Session: each statement, those of a lazy load and a subclass too
+)
 
 
 def connections_of(transaction: SessionTransaction) -> list[Connection]:
@@ -82,6 +88,22 @@ def has_failed_to_begin(driver_connection: object) -> bool:
     return getattr(driver_connection, "_top_xact", None) is not None
 
 
+def take_cancellations(driver_connection: object) -> set[asyncio.Task[None]]:
+    """Let asyncpg go on asking the server to cancel a statement; return the tasks that do so."""
+    # It gives up when its connection is closed.
+    cancellations: set[asyncio.Task[None]] = getattr(driver_connection, "_cancellations", set())
+    taken = set(cancellations)
+    cancellations.clear()
+    return taken
+
+
+def protocol_and_transport(driver_connection: object) -> tuple[Any, Any]:
+    """Return what a connection of asyncpg speaks with, and through; else None, and None."""
+    # What asyncpg sends is closed to others. `begin_in_flight` sends BEGIN before it.
+    protocol, transport = (getattr(driver_connection, n, None) for n in ("_protocol", "_transport"))
+    return protocol, transport
+
+
 def pool_of(entry: ConnectionPoolEntry) -> Pool:
     """Return the pool to which a connection comes back."""
     return entry._ConnectionRecord__pool  # type: ignore[attr-defined,no-any-return]
@@ -102,6 +124,11 @@ def ping(dialect: Dialect, connection: DBAPIConnection) -> bool:
     return dialect._do_ping_w_event(connection)
 
 
+def modified_states(session: Session) -> set[InstanceState[Any]]:
+    """Return the set of the objects of a session that were changed, itself."""
+    return session.identity_map._modified
+
+
 def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Return the exception handlers of the application of a request, by class and by status."""
     return scope.get("starlette.exception_handlers", ({}, {}))  # type: ignore[no-any-return]
@@ -110,16 +137,10 @@ def starlette_handlers(scope: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
 # What is set or replaced
 
 
-def replace_commit(dialect: Dialect, do_commit: Callable[[Any], None]) -> None:
-    """Let every engine with this dialect commit by this function."""
-    # The event "commit" makes every statement of an engine slower, and comes too early.
-    dialect.do_commit = do_commit  # type: ignore[assignment]
-
-
-def replace_close(dialect: Dialect, do_close: Callable[[DBAPIConnection], None]) -> None:
-    """Let every engine with this dialect close its connections by this function."""
-    # The event "close" can change nothing.
-    dialect.do_close = do_close  # type: ignore[assignment]
+def replace_of_dialect(dialect: Dialect, name: str, function: Callable[[Any], None]) -> None:
+    """Let every engine with this dialect do this, such as `do_commit`, by this function."""
+    # The event "commit" slows every statement down, and comes too early; "close" changes nothing.
+    setattr(dialect, name, function)
 
 
 class CommitWasRollbackError(Exception):
@@ -157,20 +178,56 @@ class _TellsOfCommit:
 _telling: dict[type, type] = {}
 
 
-def replace_class(session: AsyncSession, cls: type[AsyncSession]) -> None:
-    """Let a session be one of `cls`, a subclass of its class with other methods."""
-    # Nothing that is set on the object itself changes what `async with` calls.
+class CallsBeforeWrite:
+    """Makes a protocol of asyncpg call `before_write` once what it will send cannot be refused."""
+
+    # Encoding it comes first, and writing it after; both are compiled, and so is all between them,
+    # but for this method, which is looked up.
+
+    before_write: Callable[[], None]
+
+    @property
+    def _on_waiter_completed(self) -> Any:
+        self.before_write()
+        return super()._on_waiter_completed  # type: ignore[misc]
+
+
+def replace_class(session: object, cls: type[Any]) -> None:
+    """Let an object, such as a session, be one of `cls`, a subclass of its class."""
     session.__class__ = cls
 
 
-def replace_get_bind(session: Session, get_bind: Callable[..., NoReturn]) -> None:
-    """Let every later statement of a session fail: each calls `get_bind` first."""
+def wrap_cursor(result: AsyncResult[Any], wrap: Callable[[Any, Connection], Any]) -> None:
+    """Let a result that is streamed fetch from its cursor through `wrap`."""
+    streamed: Any = getattr(result._real_result, "raw", result._real_result)
+    streamed.cursor = wrap(streamed.cursor, streamed.connection)
+
+
+def replace_get_bind(session: Session, get_bind: Callable[..., Any]) -> None:
+    """Let every later statement of a session call this `get_bind` first, which may raise."""
     session.get_bind = get_bind  # type: ignore[method-assign]
 
 
 def replace_pool(engine: Engine, pool: Pool) -> None:
     """Let an engine take its connections from another pool."""
     engine.pool = pool
+
+
+def pool_with_queues(
+    fifo: Callable[[int], asyncio.Queue[Any]], lifo: Callable[[int], asyncio.Queue[Any]]
+) -> type[AsyncAdaptedQueuePool]:
+    """Return a pool class that keeps its idle connections in a queue that one of these makes."""
+    # No option of a pool decides who is next among those that wait for a connection.
+
+    class Queue(AsyncAdaptedQueue[Any]):
+        @cached_property  # SQLAlchemy makes it when it is first used, on the loop
+        def _queue(self) -> asyncio.Queue[Any]:
+            return (lifo if self.use_lifo else fifo)(self.maxsize)
+
+    # SQLAlchemy names the logger of a pool after its class.
+    namespace = {"__module__": AsyncAdaptedQueuePool.__module__, "_queue_class": Queue}
+    base = AsyncAdaptedQueuePool
+    return new_class(base.__name__, (base,), exec_body=lambda ns: ns.update(namespace))
 
 
 class WatchedStaticPool(StaticPool):
@@ -201,6 +258,26 @@ def set_authorizer(adapter: Any, authorizer: Callable[..., int] | None) -> None:
     """Let a function decide what a connection of aiosqlite may do."""
     # aiosqlite has a public method since 0.22; the call belongs to its thread.
     adapter.run_async(lambda raw: raw._execute(raw._conn.set_authorizer, authorizer))
+
+
+class Provider:
+    """A greenlet of this class waits as SQLAlchemy's own: its parent is given what to wait for."""
+
+    # SQLAlchemy makes a new one for each call, and has no way to use it again.
+    __sqlalchemy_greenlet_provider__ = True
+
+
+def methods_that_spawn(spawn: Callable[..., Awaitable[Any]]) -> dict[str, Any]:
+    """Return the methods of `AsyncSession` that run in a greenlet, with `spawn` to make it."""
+    # They call a function of their module, `greenlet_spawn`, which others call, too.
+    methods: dict[str, Any] = {}
+    for name, method in vars(AsyncSession).items():
+        code = getattr(method, "__code__", None)
+        if code is not None and "greenlet_spawn" in code.co_names and not method.__closure__:
+            namespace = {**method.__globals__, "greenlet_spawn": spawn}
+            methods[name] = FunctionType(code, namespace, name, method.__defaults__)
+            methods[name].__kwdefaults__ = method.__kwdefaults__
+    return methods
 
 
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:

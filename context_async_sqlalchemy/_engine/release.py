@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from context_async_sqlalchemy._engine import private_names
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._engine.turns import enter_blocks
 from context_async_sqlalchemy.exceptions import ContextClosedError
 
 # SQLAlchemy's own, whatever a user's test, or an instrumentation, puts in its place later.
@@ -28,11 +29,11 @@ async def close_sessions(sessions: Sequence[AsyncSession]) -> None:
 
     An error is logged: there is nothing left to save.
     """
-    if all(map(_closes_at_once, sessions)):
+    if all(map(closes_at_once, sessions)):
         # Nothing can be torn then: spare the task, and the greenlet of AsyncSession.close(), which
         # is 3 % of a request with one statement.
         for session in sessions:
-            _close_at_once(session)
+            close_at_once(session)
     else:
         await run_to_completion(_release_each(sessions, "close"))
 
@@ -43,16 +44,45 @@ def refuse_further_use(session: AsyncSession) -> None:
     private_names.replace_get_bind(session.sync_session, _refuse_statement)
 
 
-def is_in_use(session: AsyncSession) -> bool:
+def closes_at_once(session: AsyncSession) -> bool:
+    """Return whether closing this session sends nothing to a server, and so waits for nothing."""
+    sync_session = session.sync_session
+    close = type(sync_session).close
+    # What a user has added to it may send a statement.
+    return (
+        not sync_session.in_transaction()
+        and getattr(session.close, "__func__", None) is _CLOSE
+        and getattr(close, "__wrapped__", close) is Session.close
+        and not private_names.closing_calls_listeners(sync_session)
+    )
+
+
+def close_at_once(session: AsyncSession) -> None:
+    """Close a session that `closes_at_once`."""
+    try:
+        Session.close(session.sync_session)  # no other task is inside of it
+    except Exception:
+        logger.exception("A database session failed to close")
+
+
+def has_objects(session: AsyncSession) -> bool:
+    """Return whether a session has objects, which closing it would detach."""
+    return next(iter(session.sync_session), None) is not None
+
+
+def is_in_use(session: AsyncSession, connections: Sequence[Connection]) -> bool:
     """Return whether a task is inside a statement of this session, or taking a connection for it.
+
+    `connections` are its `connections_of`.
 
     Ending the transaction then fails in asyncpg, and SQLAlchemy takes it for ended all the same: it
     returns the connection to the pool with the transaction still open.
     """
+    if not enter_blocks(session):  # or else this task may use it
+        return True
     transaction = session.sync_session.get_transaction()
     return transaction is not None and (
-        private_names.is_changing(transaction)
-        or any(map(private_names.is_executing, private_names.connections_of(transaction)))
+        private_names.is_changing(transaction) or any(map(private_names.is_executing, connections))
     )
 
 
@@ -79,29 +109,10 @@ async def _release_each(
             await _discard(session, connections)  # who takes it is told, and nothing was done on it
             continue
         try:
-            await (session.invalidate if is_in_use(session) else end)()
+            await (session.invalidate if is_in_use(session, connections) else end)()
         except Exception:
             logger.exception("A database session failed to %s; its connection is discarded", what)
             await _discard(session, connections)
-
-
-def _closes_at_once(session: AsyncSession) -> bool:
-    """Return whether closing this session sends nothing to a server, and so waits for nothing."""
-    sync_session = session.sync_session
-    # What a user has added to it may send a statement.
-    return (
-        not sync_session.in_transaction()
-        and getattr(session.close, "__func__", None) is _CLOSE
-        and type(sync_session).close is Session.close
-        and not private_names.closing_calls_listeners(sync_session)
-    )
-
-
-def _close_at_once(session: AsyncSession) -> None:
-    try:
-        session.sync_session.close()
-    except Exception:
-        logger.exception("A database session failed to close")
 
 
 async def _discard(session: AsyncSession, connections: list[Connection]) -> None:

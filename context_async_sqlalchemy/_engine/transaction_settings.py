@@ -64,6 +64,11 @@ def begin_without_settings(engine: AsyncEngine) -> None:
         event.remove(sync_engine, "begin_twophase", _refuse_twophase)
 
 
+def has_transaction_settings(engine: AsyncEngine) -> bool:
+    """Return whether each transaction of an engine begins with settings."""
+    return _LISTENER in vars(sync_engine_of(engine))
+
+
 def _begin(settings: TransactionSettings, connection: Connection) -> None:
     if is_autocommit(connection):
         raise InvalidRequestError(_AUTOCOMMIT)

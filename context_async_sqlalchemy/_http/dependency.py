@@ -18,16 +18,17 @@ from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
-from context_async_sqlalchemy._http.middleware import SCOPE_KEY, has_context
+from context_async_sqlalchemy._http.same_request import has_context
+from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
 from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
 from context_async_sqlalchemy._unit.context import (
-    DBSessionContext,
     current_context,
     is_test_context,
 )
 from context_async_sqlalchemy._unit.hidden import hidden
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits
+from context_async_sqlalchemy._unit.read_only import chosen
 from context_async_sqlalchemy._unit.sessions import create_session
 from context_async_sqlalchemy._unit.settle import is_success, settle
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
@@ -128,11 +129,14 @@ class DBSessionDependency(Generic[SessionT]):
             )
         scope = connection.scope
         async with nullcontext() if has_context(scope) else _opened_context(scope):
+            context, connect = current_context(), self.connect
+            if context.read_only_methods:
+                connect = await chosen(context, connect, None)
             # A test settles its own context, and checks the work before it rolls back.
             if self._manages_transactions or is_test_context():
-                yield await create_session(current_context(), self.connect, scope.get("endpoint"))
+                yield await create_session(context, connect, scope.get("endpoint"))
             else:
-                async with _unmanaged_session(self.connect, scope) as session:
+                async with _unmanaged_session(connect, scope) as session:
                     yield session
 
 
@@ -165,15 +169,22 @@ async def _unmanaged_session(
         await close_sessions([real_session(session)])
 
 
-class _ContextOnDemand(DBSessionContext):
+class _ContextOnDemand(RequestContext):
     """The context of a request that opens with the first use of a dependency, if there is one."""
 
-    def __init__(self, scope: Scope, router: APIRouter) -> None:
-        super().__init__(scope, router)
+    def open(self) -> None:
+        """Wait for a dependency."""
+        self.closed, self.has_ended = True, False
         self._task = asyncio.current_task()
+        self.scope[SCOPE_KEY] = self
+
+    def forget(self) -> None:
+        super().forget()
+        self.has_ended = True
 
     def enter(self) -> None:
         super().enter()
+        self.closed = False
         # A middleware of the router, or a route class, may call the endpoint in a task of its own.
         # The variable of that task ends with it, and only there could it be restored.
         if asyncio.current_task() is not self._task:
@@ -183,6 +194,8 @@ class _ContextOnDemand(DBSessionContext):
 class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
     """The middleware around a router, for the requests that use a dependency."""
 
+    context_class = _ContextOnDemand
+
     async def serve(
         self, app: ASGIApp, router: APIRouter, scope: Scope, receive: Receive, send: Send
     ) -> None:
@@ -190,28 +203,20 @@ class _MiddlewareOnDemand(StarletteHTTPDBSessionMiddleware):
         if scope["type"] != "http" or has_context(scope, router):
             await app(scope, receive, send)
             return
-        scope[_ON_DEMAND] = router
-        with hidden() if scope.pop(SCOPE_KEY, None) else nullcontext():
-            await self._serve(app, scope, receive, send)
-
-    @staticmethod
-    def open_context(scope: Scope, _: object) -> DBSessionContext:
-        """Make a context that is opened when a dependency is used."""
-        context = scope[_ON_DEMAND] = _ContextOnDemand(scope, scope[_ON_DEMAND])
-        return context
+        with hidden() if SCOPE_KEY in scope else nullcontext():
+            await self._serve(app, scope, receive, send, router)
 
 
 @asynccontextmanager
 async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
-    context = scope.get(_ON_DEMAND)
-    if context is None or context.closed:
+    context = scope.get(SCOPE_KEY)
+    if not isinstance(context, _ContextOnDemand) or context.has_ended:
         raise RuntimeError(
             "DBSessionDependency does not see how this request ends, and would not know whether to "
             "commit: it was not called by the router of a FastAPI application. Add the middleware, "
             "with 'add_fastapi_http_db_session_middleware(app)'; outside of a request use "
             "'async with new_db_session_ctx():' and 'await db_session(connect)'."
         )
-    scope[SCOPE_KEY] = context
     context.enter()
     try:
         yield
@@ -220,9 +225,6 @@ async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
         if not (isinstance(error, HTTPException) and is_success(error.status_code)):
             await settle(context, commit=False)
         raise
-
-
-_ON_DEMAND = "context_async_sqlalchemy.on_demand"
 
 
 def _settle_requests(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:

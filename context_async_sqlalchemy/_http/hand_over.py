@@ -1,27 +1,12 @@
 """Sees when the application hands over its response, inside every other middleware."""
 
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
-from context_async_sqlalchemy._http.messages import ends_body
+from context_async_sqlalchemy._http.messages import ends_body, is_streamed
+from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
-
-RECIPIENT = "context_async_sqlalchemy.recipient"
-"""In the scope of a request: its `Recipient`."""
-
-
-class Recipient(Protocol):
-    """Is told what the application does, whatever becomes of it in other middlewares."""
-
-    def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:
-        """Take the start of the response; who called the application handles the error `outer`.
-
-        Return what has to be done before the response goes on, if there is anything.
-        """
-
-    def end_early(self, error: BaseException | None) -> None:
-        """Take it that the application has ended before its response was complete."""
 
 
 def see_hand_over(app: object) -> None:
@@ -78,8 +63,8 @@ class HandOver:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        recipient: Recipient | None = scope.get(RECIPIENT)
-        if recipient is None:
+        context: RequestContext | None = scope.get(SCOPE_KEY)
+        if context is None:
             await self.app(scope, receive, send)
             return
 
@@ -90,9 +75,8 @@ class HandOver:
         async def send_on(message: Message) -> None:
             nonlocal completed
             if message["type"] == "http.response.start":
-                settling = recipient.hand_over(message, outer)
-                if settling is not None:
-                    await settling
+                if context.handed_over is None:
+                    await _hand_over(context, message, outer)
             elif ends_body(message):
                 completed = True
             await send(message)
@@ -101,7 +85,28 @@ class HandOver:
             await self.app(scope, receive, send_on)
         except BaseException as error:
             if not completed:
-                recipient.end_early(error)
+                if context.handed_over is None:
+                    context.answered = error
+                elif isinstance(error, Exception):  # or else somebody has no more use for it
+                    context.error = error
             raise
         if not completed:
-            recipient.end_early(None)
+            context.is_cut_off = context.handed_over is not None  # as when the client has left
+
+
+async def _hand_over(context: RequestContext, start: Message, outer: BaseException | None) -> None:
+    """Take the start of a response from the application itself.
+
+    Who called it handles the error `outer`. What it did is settled now if the body is still to be
+    made: that may begin before the response starts, and has a transaction of its own.
+    """
+    context.handed_over = status = start["status"]
+    if context.answered is not None or sys.exception() is not None:
+        context.outer = (*context.outer, outer)
+        context.answered = context.handled_error()
+    if context.is_settled():
+        context.was_settled = True
+    elif is_streamed(start) and not context.settles_late:
+        if (settling := context.settle_by(status)) is not None:
+            await settling
+        context.was_settled = not context.in_transaction()

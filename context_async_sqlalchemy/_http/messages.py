@@ -6,6 +6,8 @@ from context_async_sqlalchemy.asgi_types import Message
 def is_streamed(start: Message) -> bool:
     """Return whether the body of a response is still to be made when it starts."""
     # What has been made has a length. ASGI has the names of headers in lower case.
+    if start["status"] in (204, 304):  # which have no body, and so Starlette gives them no length
+        return False
     return b"content-length" not in {name for name, _ in start.get("headers", ())}
 
 

@@ -1,36 +1,21 @@
 """The ASGI middleware: a context for each request, committed before the response starts."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
-from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
+from context_async_sqlalchemy._http.hand_over import see_hand_over
 from context_async_sqlalchemy._http.options import (
     MiddlewareOptions as MiddlewareOptions,
     checked_commit_on,
+    checked_methods,
+    reading,
     warn_of_ignored,
 )
 from context_async_sqlalchemy._http.replay import Replay
-from context_async_sqlalchemy._http.send import SettlingSend
-from context_async_sqlalchemy._http.sub_request import is_same_request
-from context_async_sqlalchemy._unit.context import DBSessionContext, is_test_context
-from context_async_sqlalchemy._unit.hidden import receive_hidden
-from context_async_sqlalchemy._unit.settle import (
-    BeforeCommitCallback,
-    abandon,
-    finish,
-    is_success,
-)
+from context_async_sqlalchemy._http.same_request import has_context
+from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, abandon, finish, is_success
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
-
-SCOPE_KEY = "context_async_sqlalchemy"
-
-
-def open_request_context(scope: Scope, layer: object) -> DBSessionContext:
-    """Open a context for the request with this ASGI scope, and mark the scope as having one."""
-    context = scope[SCOPE_KEY] = DBSessionContext(scope, layer)
-    context.enter()
-    return context
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -60,6 +45,7 @@ class ASGIHTTPDBSessionMiddleware:
         attempts: How often to call the application for a request at most. Default 1.
         replay_body_limit: How many bytes of a request's body to keep for another attempt. Default
             1 MiB.
+        read_only_methods: With which `db_session(connect)` is `read_only=True`. Default: none.
 
     Raises:
         ImportError: If `attempts` is more than 1 and stamina is not installed.
@@ -74,6 +60,7 @@ class ASGIHTTPDBSessionMiddleware:
         commit_on: Callable[[int], bool] = is_success,
         attempts: int = 1,
         replay_body_limit: int = 1024 * 1024,
+        read_only_methods: Collection[str] = frozenset(),
     ) -> None:
         check_before_commit(before_commit)
         if replay_body_limit < 0:
@@ -87,17 +74,20 @@ class ASGIHTTPDBSessionMiddleware:
             "commit_on": commit_on,
             "attempts": attempts,
             "replay_body_limit": replay_body_limit,
+            "read_only_methods": checked_methods(read_only_methods),
         }
+        self.context_class = reading(self.context_class, frozenset(read_only_methods))
         self._is_nested = False  # for all that is known yet
         self._replay = Replay(self, attempts, replay_body_limit) if attempts != 1 else None
 
-    open_context = staticmethod(open_request_context)
+    context_class = RequestContext
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or has_context(scope, self):
             if not self._is_nested and (context := scope.get(SCOPE_KEY)) is not None:
                 self._is_nested = True
-                warn_of_ignored(self._options, context.options, context.name)
+                outer = getattr(context.passed[0], "_options", {})
+                warn_of_ignored(self._options, outer, context.name)
             await self.app(scope, receive, send)
             return
         if not self._sees_hand_over:  # when the application has all its middlewares
@@ -114,51 +104,35 @@ class ASGIHTTPDBSessionMiddleware:
         scope: Scope,
         receive: Receive,
         send: Send,
+        layer: object = None,
     ) -> None:
-        """Call the application for a request, in a context of its own."""
-        context = self.open_context(scope, self)
-        context.options = self._options
-        settling = SettlingSend(context, send, self.before_commit, self.commit_on)
-        scope[RECIPIENT] = settling
+        """Call the application for a request, in a context of its own, which a layer opens."""
+        context = self.context_class(
+            scope, layer or self, receive, send, self.before_commit, self.commit_on
+        )
+        context.open()
         try:
             try:
-                await app(scope, partial(receive_hidden, receive), settling.forward)
+                await app(scope, context.receive, context.forward)
             except Exception:
-                if settling.failure is None or settling.started:
+                if context.failure is None or context.started:
                     raise
-            if settling.failure is not None and not settling.started:
+            if context.failure is not None and not context.started:
                 # What became of it inside does not matter: the application took it for a success.
-                settling.error = settling.answered = None
-                await self.respond_to_failure(settling.failure, scope, receive, settling.forward)
+                context.error = context.answered = None
+                await self.respond_to_failure(context.failure, scope, receive, context.forward)
         except BaseException as error:
-            await abandon(context, error, has_answered=settling.started)
+            await abandon(context, error, has_answered=context.started)
             raise
         else:
-            commit = settling.succeeded()
-            await finish(context, commit=commit, before_commit=self.before_commit)
+            if not context.end_at_once():
+                commit = context.succeeded()
+                await finish(context, commit=commit, before_commit=self.before_commit)
         finally:
-            # The server's `send` may refer to the scope, and the error to all of this.
-            scope.pop(RECIPIENT, None)
-            settling.error = settling.answered = None
+            context.forget()
 
     async def respond_to_failure(
         self, failure: Exception, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Answer a request whose commit failed with `failure`. This class raises it."""
         raise failure
-
-
-def has_context(scope: Scope, layer: object = None) -> bool:
-    """Return whether a request that comes to a layer takes part in a context that is open already.
-
-    It does if an outer layer opened it for the same request, or a test did. A context that is
-    merely inherited is another client's.
-    """
-    if SCOPE_KEY not in scope or (context := scope[SCOPE_KEY]).closed:
-        return is_test_context()
-    return layer is None or is_same_request(context, scope, layer)
-
-
-def application_around(scope: Scope) -> object:
-    """Return the application in which the context of a request was opened, not a mounted one."""
-    return scope[SCOPE_KEY].app if SCOPE_KEY in scope else scope.get("app")

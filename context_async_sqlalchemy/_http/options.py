@@ -1,12 +1,15 @@
 """The options of the middleware: what is refused, and what is said of those that have no effect."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, TypedDict
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache, partial
+from typing import Any, TypedDict, TypeVar
 
 from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._unit.context import DBSessionContext
 from context_async_sqlalchemy._unit.settle import is_success
+
+Context = TypeVar("Context", bound=DBSessionContext)
 
 
 class MiddlewareOptions(TypedDict, total=False):
@@ -15,6 +18,7 @@ class MiddlewareOptions(TypedDict, total=False):
     commit_on: Callable[[int], bool]
     attempts: int
     replay_body_limit: int
+    read_only_methods: Collection[str]
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -22,6 +26,7 @@ DEFAULTS: Mapping[str, Any] = {
     "commit_on": is_success,
     "attempts": 1,
     "replay_body_limit": 1024 * 1024,
+    "read_only_methods": frozenset(),
 }
 
 
@@ -52,6 +57,24 @@ def checked_commit_on(commit_on: Callable[[int], bool]) -> Callable[[int], bool]
         return decision
 
     return decide
+
+
+def checked_methods(methods: Collection[str], option: str = "read_only_methods") -> frozenset[str]:
+    """Return `methods`, which are HTTP methods in capitals, as in the ASGI scope."""
+    if (
+        isinstance(methods, str)
+        or not isinstance(methods, Collection)
+        or not all(isinstance(method, str) and method.isupper() for method in methods)
+    ):
+        raise TypeError(f"{option} must be like {{'GET', 'HEAD'}}, not {methods!r}")
+    return frozenset(methods)
+
+
+@lru_cache
+def reading(cls: type[Context], methods: frozenset[str]) -> type[Context]:
+    """Return the class of the contexts of a middleware with these `read_only_methods`."""
+    # An attribute of the class costs a request nothing.
+    return type(cls.__name__, (cls,), {"read_only_methods": methods}) if methods else cls
 
 
 def warn_of_ignored(options: Mapping[str, Any], outer: Mapping[str, Any], request: str) -> None:

@@ -10,13 +10,12 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
-from context_async_sqlalchemy._http.hand_over import RECIPIENT
 from context_async_sqlalchemy._http.messages import ends_body
-from context_async_sqlalchemy._http.send import SettlingSend
-from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
+from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
+from context_async_sqlalchemy._unit.notes import note_once
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.retry import Retrying, may_be_repeated
-from context_async_sqlalchemy._unit.settle import note_once, settle
+from context_async_sqlalchemy._unit.settle import settle
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
 TO_TELL = "context_async_sqlalchemy.to_tell"
 """Where a scope has what to do when the answer to the attempt is sent, which it may never be."""
+
+ATTEMPT = "context_async_sqlalchemy.attempt"
+"""In a scope that is given to the application again: for which time, 2 at first."""
 
 _ENDS_THE_TASK = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
 
@@ -82,6 +84,7 @@ class Replay:
                     if await request.has_obstacle():
                         raise failure
                     request.rewind()
+                    scope[ATTEMPT] = trial.num
                 is_last = trial.num == self._retrying.attempts
                 attempt.begin(None if is_last else is_repeatable)
                 with suppress(_NotAnswered):
@@ -102,9 +105,8 @@ class _Attempt:
         self.held: list[Message] = []  # the answer to it, if the application has one
         self._app = app
         self._send = send
-        self._settling: SettlingSend | None = None
         self._is_repeatable: Callable[[Exception], bool] | None = None
-        self._context: DBSessionContext | None = None
+        self._context: RequestContext | None = None
         self._is_refused = False  # the commit has failed, with an error that is not repeated
 
     def begin(self, is_repeatable: Callable[[Exception], bool] | None) -> None:
@@ -114,23 +116,22 @@ class _Attempt:
         self._is_repeatable = is_repeatable
 
     async def __call__(self, scope: Scope, receive: Receive, _: Send) -> None:
-        self._context = current_context()
-        watch_commits(self._context)
-        self._settling = settling = scope[RECIPIENT]
+        self._context = context = scope[SCOPE_KEY]
+        watch_commits(context)
         try:
             await self._app(scope, receive, self._answer)
         except BaseException as error:
-            self._look_at_commit(settling)
+            self._look_at_commit(context)
             is_answer = self.held and not isinstance(error, _ENDS_THE_TASK)
             if self.failure is None or self.sent or not (is_answer or isinstance(error, Exception)):
                 raise
         else:
-            self._look_at_commit(settling)
+            self._look_at_commit(context)
         if self.failure is not None and not self.sent:
             raise _NotAnswered  # which rolls back
 
-    def _look_at_commit(self, settling: SettlingSend) -> None:
-        error = settling.failure
+    def _look_at_commit(self, context: RequestContext) -> None:
+        error = context.failure
         if error is not None and self._is_repeatable is not None and self.failure is None:
             if not self.sent and self._is_repeatable(error):
                 self.failure = error
@@ -156,21 +157,21 @@ class _Attempt:
                 # answer that is not sent.
                 raise _NotAnswered
             return
-        settling = self._settling
-        assert settling is not None
+        context = self._context
+        assert context is not None
         if self._is_repeatable is not None and message["type"] == "http.response.start":
-            answered = settling.handled_error()
+            answered = context.handled_error()
             if (
                 isinstance(answered, Exception)
-                and not settling.asks_for_commit(message["status"])
+                and not context.asks_for_commit(message["status"])
                 and self._is_repeatable(answered)
             ):
                 self.failure = answered
                 self.held.append(message)
                 # No connection is held while the rest of it is made.
-                await settle(current_context(), commit=False)
+                await settle(context, commit=False)
                 return
-        await settling.forward(message)
+        await context.forward(message)
 
 
 class _NotAnswered(BaseException):

@@ -1,94 +1,113 @@
-"""The `send` of a request, which settles its context before the response starts."""
+"""The context of a request, whose `send` settles it before the response starts."""
 
 import sys
+from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable
 
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._http.messages import ends_body, is_streamed
-from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._http.messages import ends_body
+from context_async_sqlalchemy._unit.context import DBSessionContext, _context
 from context_async_sqlalchemy._unit.hidden import send_hidden
 from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
-from context_async_sqlalchemy._unit.settle import (
-    BeforeCommitCallback,
-    is_success,
-    settle,
-)
-from context_async_sqlalchemy.asgi_types import Message, Send
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, is_success, settle
+from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
+
+SCOPE_KEY = "context_async_sqlalchemy"
+"""In the scope of a request: its `RequestContext`, until it ends."""
 
 
-class SettlingSend:
-    """What the application sends, before the server gets it."""
-
-    # Most requests need but a few of these: as an attribute of the class, each costs nothing.
-    started = False
-    completed = False  # the last part of the body was sent
-    commit = False  # what the status of the response asks for
-    failure: Exception | None = None  # kept a response from starting
-    answered: BaseException | None = None  # what was handled while the answer was made
-    error: Exception | None = None  # with which the body has ended
-    is_cut_off = False  # the body has ended before its last part
-    _handed_over: int | None = None  # the status, by the application itself
-    _is_settled = False  # and what is open now is the body's
+class RequestContext(DBSessionContext):
+    """The context of a request, made in the event loop that serves it."""
 
     def __init__(
         self,
-        context: DBSessionContext,
+        scope: Scope,
+        layer: object,
+        receive: Receive,
         send: Send,
         before_commit: BeforeCommitCallback | None,
         commit_on: Callable[[int], bool],
     ) -> None:
-        self.context = context
+        super().__init__()
+        self.loop = get_running_loop()
+        self.scope = scope
+        self.app = scope.get("app")  # in which it was opened, if it is Starlette's
+        self.passed: tuple[object, ...] = (layer,)  # have seen the request; the first opened this
+        self._receive = receive
         self.send = send
         self.before_commit = before_commit
         self.commit_on = commit_on
-        self._outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
+        self.started = False
+        self.completed = False  # the last part of the body was sent
+        self.commit = False  # what the status of the response asks for
+        self.failure: Exception | None = None  # kept a response from starting
+        self.answered: BaseException | None = None  # what was handled while the answer was made
+        self.error: Exception | None = None  # with which the body has ended
+        self.is_cut_off = False  # the body has ended before its last part
+        self.outer: tuple[BaseException | None, ...] = (sys.exception(),)  # the caller's affair
+        self.handed_over: int | None = None  # the status, by the application itself
+        self.was_settled = False  # before its body, so that what is open now is the body's
 
-    # Not `__call__`, which Python calls in a slower way.
-    async def forward(self, message: Message) -> None:
+    @property
+    def request(self) -> tuple[str, str]:  # type: ignore[override]
+        """Its method and path."""
+        return self.scope.get("method", ""), self.scope.get("path", "")
+
+    def open(self) -> None:
+        """Make it the context of the request."""
+        self.scope[SCOPE_KEY] = self
+        self.token = _context.set(self)
+
+    def forget(self) -> None:
+        """Let nothing refer to it that it refers to, when it has ended."""
+        if self.scope.get(SCOPE_KEY) is self:
+            del self.scope[SCOPE_KEY]
+        self.error = self.answered = None
+
+    async def receive(self) -> Message:
+        """Receive a message: a server that goes on reading then does so from here, for good."""
+        token = _context.set(None)
+        try:
+            return await self._receive()
+        finally:
+            _context.reset(token)
+
+    # Not `__call__`, which Python calls in a slower way. Nor a coroutine of its own for what most
+    # messages need.
+    def forward(self, message: Message) -> Awaitable[None]:
         """Send a message to the server."""
         if message["type"] == "http.response.start":
-            if (settling := self.settle_by(message["status"])) is not None:
-                await settling
-            self.started = True
-            self.answered, self._outer = None, ()  # the tracebacks of which refer to this object
+            if self.held or self.commits is not None or self.error is not None:
+                return self._settle_and_start(message)
+            self.commit = self.asks_for_commit(message["status"])
+            self._start()
         elif self.started and ends_body(message):
-            if self.error is not None:
-                raise self.error  # which another middleware has kept to itself
-            if not self.is_cut_off:
-                if not self.context.is_settled() and not self.context.settles_late:
-                    # A client that has the whole body must be able to rely on what it says.
-                    await settle(self.context, commit=True, before_commit=self.before_commit)
-                self.completed = True
-            await send_hidden(self.send, message)
-            return
+            is_settled = self.settles_late or self.is_settled()
+            if not is_settled or self.error is not None or self.is_cut_off:
+                return self._settle_and_end(message)
+            self.completed = True
+            return send_hidden(self.send, message)
+        return self.send(message)
+
+    async def _settle_and_start(self, message: Message) -> None:
+        if (settling := self.settle_by(message["status"])) is not None:
+            await settling
+        self._start()
         await self.send(message)
 
-    def hand_over(self, start: Message, outer: BaseException | None) -> Awaitable[None] | None:
-        """Take the start of a response from the application itself.
+    def _start(self) -> None:
+        self.started = True
+        self.answered, self.outer = None, ()  # the tracebacks of which refer to this object
 
-        Who called it handles the error `outer`. What it did is settled now if the body is still to
-        be made: that may begin before the response starts, and has a transaction of its own.
-        """
-        if self._handed_over is not None:
-            return None
-        self._handed_over = start["status"]
-        if self.answered is not None or sys.exception() is not None:
-            self._outer = (*self._outer, outer)
-            self.answered = self.handled_error()
-        if self.context.is_settled():
-            self._is_settled = True
-        elif is_streamed(start) and not self.context.settles_late:
-            return self._settle_handed_over(start["status"])
-        return None
-
-    def end_early(self, error: BaseException | None) -> None:
-        """Take it that the application has ended before its response was complete."""
-        if error is None:
-            self.is_cut_off = self._handed_over is not None  # as when the client has left
-        elif self._handed_over is None:
-            self.answered = error
-        elif isinstance(error, Exception):  # or else somebody has no more use for it
-            self.error = error
+    async def _settle_and_end(self, message: Message) -> None:
+        if self.error is not None:
+            raise self.error  # which another middleware has kept to itself
+        if not self.is_cut_off:
+            if not self.settles_late and not self.is_settled():
+                # A client that has the whole body must be able to rely on what it says.
+                await settle(self, commit=True, before_commit=self.before_commit)
+            self.completed = True
+        await send_hidden(self.send, message)
 
     def settle_by(self, status: int) -> Awaitable[None] | None:
         """Settle what is open, unless it is the body's, by the status of the response.
@@ -97,15 +116,15 @@ class SettlingSend:
         """
         if self.error is not None and (sys.exception() is self.error or status >= 400):
             # Another middleware answers it, and what the body has begun is of no use.
-            self.error, self._is_settled = None, False
+            self.error, self.was_settled = None, False
         self.commit = self.asks_for_commit(status)
-        if self._is_settled and (self.commit or status == self._handed_over):
+        if self.was_settled and (self.commit or status == self.handed_over):
             return None
-        if self.context.is_settled():
+        if self.is_settled():
             return None
-        if not self.commit or self.context.rolls_back:
-            tell_of_lost_work(self.context, status)
-        return self._settle() if not self.context.settles_late else None
+        if not self.commit or self.rolls_back:
+            tell_of_lost_work(self, status)
+        return self._settle() if not self.settles_late else None
 
     def asks_for_commit(self, status: int) -> bool:
         """Return whether a response with this status, made now, asks for a commit."""
@@ -122,26 +141,21 @@ class SettlingSend:
     def handled_error(self) -> BaseException | None:
         """Return the error that is, or was, handled while the response is made."""
         error = self.answered or sys.exception()
-        return error if error not in self._outer else None
+        return error if error not in self.outer else None
 
     def succeeded(self) -> bool:
         """Return whether to commit what is open when the application has returned."""
-        if self.started and not self.completed and self.context.in_transaction():
+        if self.started and not self.completed and self.in_transaction():
             # Starlette stops the body of a client that hangs up, and returns as if it had ended.
             logger.warning(
                 "A response was not completed, as when its client hangs up: what was written after "
                 "it had started is rolled back."
             )
-        return self.completed and (self.commit or not self.context.settles_late)
+        return self.completed and (self.commit or not self.settles_late)
 
     async def _settle(self) -> None:
         try:
-            await settle(self.context, commit=self.commit, before_commit=self.before_commit)
+            await settle(self, commit=self.commit, before_commit=self.before_commit)
         except Exception as error:
             self.failure = error
             raise
-
-    async def _settle_handed_over(self, status: int) -> None:
-        if (settling := self.settle_by(status)) is not None:
-            await settling
-        self._is_settled = not self.context.in_transaction()

@@ -1,6 +1,6 @@
 """The middleware for Starlette: as a class, and as a dispatch function for `BaseHTTPMiddleware`."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,15 +16,11 @@ from starlette.types import Message, Receive, Scope, Send
 from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
-from context_async_sqlalchemy._http.hand_over import RECIPIENT, see_hand_over
-from context_async_sqlalchemy._http.middleware import (
-    ASGIHTTPDBSessionMiddleware,
-    application_around,
-    has_context,
-    open_request_context,
-)
-from context_async_sqlalchemy._http.options import is_async
-from context_async_sqlalchemy._http.send import SettlingSend
+from context_async_sqlalchemy._http.hand_over import see_hand_over
+from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
+from context_async_sqlalchemy._http.options import checked_methods, is_async, reading
+from context_async_sqlalchemy._http.same_request import application_around, has_context
+from context_async_sqlalchemy._http.send import RequestContext
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
     abandon,
@@ -61,6 +57,7 @@ async def starlette_http_db_session_middleware(
     request: Request,
     call_next: RequestResponseEndpoint,
     before_commit: BeforeCommitCallback | None = None,
+    read_only_methods: Collection[str] = frozenset(),
 ) -> Response:
     """Give a request a context, as a dispatch function for `BaseHTTPMiddleware`.
 
@@ -72,52 +69,55 @@ async def starlette_http_db_session_middleware(
         request: The request.
         call_next: Calls the application.
         before_commit: Called with each session that is about to be committed. Default None.
+        read_only_methods: As for the middleware. Default: none.
 
     Returns:
         The response of the application; its context ends with its body.
     """
     check_before_commit(before_commit)
+    context_class = reading(RequestContext, checked_methods(read_only_methods))
     if has_context(request.scope, starlette_http_db_session_middleware):
         return await call_next(request)
 
     see_hand_over(request.scope.get("app"))
-    context = open_request_context(request.scope, starlette_http_db_session_middleware)
-    settling = SettlingSend(context, _send_nothing, before_commit, is_success)
-    request.scope[RECIPIENT] = settling
+    layer = starlette_http_db_session_middleware
+    context = context_class(
+        request.scope, layer, request.receive, _send_nothing, before_commit, is_success
+    )
+    context.open()
     try:
         try:
-            try:
-                response = await call_next(request)
-            finally:
-                request.scope.pop(RECIPIENT, None)
-            if (settled := settling.settle_by(response.status_code)) is not None:
+            response = await call_next(request)
+            if (settled := context.settle_by(response.status_code)) is not None:
                 await settled
         except Exception:
-            if settling.failure is None:
+            if context.failure is None:
                 raise
-            response = await _handle(request, settling.failure)
+            response = await _handle(request, context.failure)
             await finish(context, commit=False)
+            context.forget()
             return response
-        settling.started = True
+        context.started = True
         if "body_iterator" in vars(response):
             context.leave()
-            return _EndingResponse(response, settling)
-        settling.completed = True
-        await finish(context, commit=settling.succeeded(), before_commit=before_commit)
+            return _EndingResponse(response, context)
+        context.completed = True
+        await finish(context, commit=context.succeeded(), before_commit=before_commit)
     except BaseException as error:
         await abandon(context, error)
+        context.forget()
         raise
+    context.forget()
     return response
 
 
 class _EndingResponse(Response):
     """The response of a request, which ends the context at its own end."""
 
-    def __init__(self, response: Response, settling: SettlingSend) -> None:
+    def __init__(self, response: Response, context: RequestContext) -> None:
         vars(self).update(vars(response))
         self._class = type(response)
-        self._settling = settling
-        self._context = settling.context
+        self._context = context
         self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,18 +135,20 @@ class _EndingResponse(Response):
             raise
         else:
             await finish(self._context, commit=False)
+        finally:
+            self._context.forget()
 
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
         # Not in __call__: another middleware may read the body and make another response of it,
         # which Starlette reads in another task.
         async for part in body:
             yield part
-        if (error := self._settling.error) is not None:
-            self._settling.error = None
+        if (error := self._context.error) is not None:
+            self._context.error = None
             raise error  # which BaseHTTPMiddleware keeps to itself
-        self._settling.completed = not self._settling.is_cut_off
+        self._context.completed = not self._context.is_cut_off
         self._context.enter()
-        commit, before_commit = self._settling.succeeded(), self._settling.before_commit
+        commit, before_commit = self._context.succeeded(), self._context.before_commit
         await finish(self._context, commit=commit, before_commit=before_commit)
 
 
@@ -190,6 +192,12 @@ async def _handle_server_error(request: Request, error: Exception) -> Response:
     tasks.add_task(fail)
     response.background = tasks
     return response
+
+
+async def respond_with_status(status: int, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer as the application answers an `HTTPException` with this status."""
+    response = await _handle(Request(scope, receive), HTTPException(status))
+    await response(scope, receive, send)
 
 
 async def call_handler(

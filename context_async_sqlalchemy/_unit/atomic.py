@@ -13,9 +13,10 @@ from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.release import (
     connections_of,
     invalidate,
-    rollback_sessions,
 )
+from context_async_sqlalchemy._engine.release_in_turn import rollback_in_turn
 from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._engine.turns import hold
 from context_async_sqlalchemy._unit.sessions import db_session
 from context_async_sqlalchemy._unit.settle import commit_session
 from context_async_sqlalchemy.connect import DBConnect
@@ -56,7 +57,7 @@ def atomic_db_session(
 async def _atomic(
     connect: DBConnect[SessionT], current_transaction: CurrentTransaction
 ) -> AsyncGenerator[SessionT]:
-    given = await db_session(connect)
+    given = await db_session(connect, read_only=False)
     session = real_session(given)
     if session.in_transaction():
         if current_transaction == "savepoint":
@@ -79,24 +80,25 @@ async def _atomic(
         yield given
         await commit_session(session)
     except BaseException:
-        await rollback_sessions([session])
+        await rollback_in_turn(session)
         raise
 
 
 @asynccontextmanager
 async def _savepoint(session: AsyncSession) -> AsyncGenerator[None]:
     savepoint = await session.begin_nested()
-    try:
-        yield
-        # After a flush that has failed, SQLAlchemy's own block would end the savepoint silently.
-        if _is_open(session, savepoint):
-            await savepoint.commit()
-    except BaseException:
-        if _is_open(session, savepoint):
-            await run_to_completion(_rollback(session, savepoint))
-        elif session.in_transaction():
-            await rollback_sessions([session])  # the block ended the savepoint, and went on
-        raise
+    with hold(session):
+        try:
+            yield
+            # After a flush that failed, SQLAlchemy's own block would end the savepoint silently.
+            if _is_open(session, savepoint):
+                await savepoint.commit()
+        except BaseException:
+            if _is_open(session, savepoint):
+                await run_to_completion(_rollback(session, savepoint))
+            elif session.in_transaction():
+                await rollback_in_turn(session)  # the block ended the savepoint, and went on
+            raise
 
 
 def _is_open(session: AsyncSession, savepoint: AsyncSessionTransaction) -> bool:

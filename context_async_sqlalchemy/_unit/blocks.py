@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar, cast
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._unit.context import open_context
@@ -15,6 +15,20 @@ from context_async_sqlalchemy._unit.settle import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class _NoSession:
+    """What the block of a context yields to who takes it for a session."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"There is no {name!r}: this block opens a context, as 'async with "
+            "new_db_session_ctx():' does, and yields no session. In it, call "
+            "'session = await db_session(connect)'."
+        )
+
+
+NO_SESSION = cast(None, _NoSession())
 
 
 def new_db_session_ctx(
@@ -42,7 +56,7 @@ def new_db_session_ctx(
 async def _block(before_commit: BeforeCommitCallback | None) -> AsyncGenerator[None]:
     context = open_context()
     try:
-        yield
+        yield NO_SESSION
     except BaseException as error:
         await abandon(context, error)
         raise

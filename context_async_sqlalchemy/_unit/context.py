@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -13,7 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from context_async_sqlalchemy._engine.border import given_session, real_session, settle_once
 from context_async_sqlalchemy._engine.commits import check_commits_of, check_open_connections
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
+from context_async_sqlalchemy._engine.release import (
+    close_at_once,
+    close_sessions,
+    closes_at_once,
+    connections_of,
+    has_objects,
+    refuse_further_use,
+)
 from context_async_sqlalchemy.exceptions import ContextClosedError, ContextNotInitiatedError
 
 if TYPE_CHECKING:
@@ -27,40 +33,30 @@ class _Held(NamedTuple):
 
 
 class DBSessionContext:
-    """The sessions of one unit of work, shared by all its tasks.
+    """The sessions of one unit of work, shared by all its tasks."""
 
-    That of a request is made in the event loop that serves it, with its ASGI scope.
-    """
-
-    # An attribute of the class costs a request nothing.
-    loop: asyncio.AbstractEventLoop | None = None
     request: tuple[str, str] | None = None  # its method and path
-    options: Mapping[str, Any] = MappingProxyType({})  # of the middleware that opened it
-    app: object = None  # the application in which it was opened, if it is Starlette's
-    is_test = False  # a test opened it, and settles it
-    settles_late = False  # when the application has returned, not before
-    rolls_back = False  # whatever it would be settled with
-    closed = False
-    commits: CommitWatch | None = None  # watches its commits, if anything asks about them
-    token: Token[DBSessionContext | None] | None = None  # restores the context variable
+    read_only_methods: frozenset[str] = frozenset()  # of the middleware that opened it
 
-    def __init__(self, scope: Mapping[str, Any] | None = None, layer: object = None) -> None:
-        # What `db_session` returns for each connect, by `context_key`: of the class that it makes.
-        self.by_key: dict[str, Any] = {}
-        self.locks: dict[str, asyncio.Lock] = {}  # each session is made once; by `context_key`
-        if scope is not None:  # not kept: it refers to the context
-            self.loop = asyncio.get_running_loop()
-            self.request = scope.get("method", ""), scope.get("path", "")
-            self.app = scope.get("app")
-            self.scope_id, self.passed = id(scope), [layer]  # which layers have seen the request
+    def __init__(self) -> None:
+        # Not of the class: Python stores an attribute that its class has, too, in a slow way.
+        self.by_key: dict[str, Any] = {}  # what `db_session` returns, by `context_key`
         # In the order they were made. A session that was closed or replaced by hand stays here:
         # somebody may still hold it and use it.
-        self._held: list[_Held] = []
+        self.held: tuple[_Held, ...] = ()
+        self.commits: CommitWatch | None = None  # watches them, if anything asks about them
+        self.closed = False
+        self.token: Token[DBSessionContext | None] | None = None  # restores the context variable
+        self.loop: asyncio.AbstractEventLoop | None = None  # that serves its request
+        self.is_test = False  # a test opened it, and settles it
+        self.settles_late = False  # when the application has returned, not before
+        self.rolls_back = False  # whatever it would be settled with
+        self.locks: dict[str, asyncio.Lock] | None = None  # of the sessions that are made now
 
     @property
     def sessions(self) -> list[AsyncSession]:
         """Every session to settle and to close, in the order they were made."""
-        return [held.session for held in self._held]
+        return [held.session for held in self.held]
 
     @property
     def name(self) -> str:
@@ -70,25 +66,30 @@ class DBSessionContext:
 
     def is_settled(self) -> bool:
         """Return whether there is nothing to commit or roll back, and no callback that waits."""
-        return self.commits is None and not (self._held and self.in_transaction())
+        if self.commits is not None:
+            return False
+        for held in self.held:  # noqa: SIM110  # a generator costs twice as much
+            if held.in_transaction():
+                return False
+        return True
 
     def in_transaction(self) -> list[AsyncSession]:
         """Return the sessions with an open transaction, in the order they were made."""
-        return [held.session for held in self._held if held.in_transaction()]
+        return [held.session for held in self.held if held.in_transaction()]
 
     def put(self, context_key: str, session: AsyncSession, is_made: bool = False) -> None:
         """Make `session` the session that `db_session` returns for a connect."""
         self.by_key[context_key] = session
-        if all(given_session(held.session) is not session for held in self._held):
+        if not self.held or all(given_session(h.session) is not session for h in self.held):
             real = real_session(session)
             check_commits_of(real)
             if not is_made:
-                check_open_connections(real)
+                check_open_connections(connections_of(real))
             # That of the stand-in for a mock, or else what the AsyncSession would call.
             asked = real.sync_session if real is session else real
             if asked is real and self.request is not None:
                 settle_once(real)
-            self._held.append(_Held(real, is_made, asked.in_transaction))
+            self.held += (_Held(real, is_made, asked.in_transaction),)
         if self.commits is not None:
             self.commits.watch(context_key, session)
 
@@ -96,7 +97,7 @@ class DBSessionContext:
         """Take out the session of a connect; it belongs to the caller then."""
         session: AsyncSession | None = self.by_key.pop(context_key, None)
         if session is not None and session not in self.by_key.values():
-            self._held = [h for h in self._held if given_session(h.session) is not session]
+            self.held = tuple(h for h in self.held if given_session(h.session) is not session)
         return session
 
     def enter(self) -> None:
@@ -116,9 +117,29 @@ class DBSessionContext:
                 "same task: use 'async with new_db_session_ctx():' or 'await run_in_new_ctx(f)'."
             ) from error
 
+    def end_at_once(self) -> bool:
+        """End it if there is nothing to wait for, as after most requests; return whether it has."""
+        if self.closed:
+            return True
+        if self.commits is not None or _context.get() is not self:
+            return False
+        for held in self.held:
+            if not closes_at_once(held.session):
+                return False
+        self.closed = True
+        self.leave()
+        for held in self.held:
+            if held.is_made:
+                refuse_further_use(held.session)
+            if has_objects(held.session) or not held.is_made:
+                close_at_once(held.session)
+        self.held = ()
+        self.by_key.clear()
+        return True
+
     async def end(self, with_close: bool = True) -> None:
         """Restore the context variable; close every session and refuse what comes later, or not."""
-        if self.closed:
+        if self.closed or (with_close and self.end_at_once()):
             return
         self.closed = True
         try:
@@ -128,15 +149,15 @@ class DBSessionContext:
             try:
                 self.leave()
             finally:
-                if self._held or self.commits is not None:
+                if self.held or self.commits is not None:
                     await self._end_sessions(with_close)
 
     async def close_made(self) -> None:
         """Close the sessions that `db_session` made."""
-        await close_sessions([held.session for held in self._held if held.is_made])
+        await close_sessions([held.session for held in self.held if held.is_made])
 
     async def _end_sessions(self, with_close: bool) -> None:
-        every, self._held = self._held, []
+        every, self.held = self.held, ()
         self.by_key.clear()
         if with_close:
             for held in every:

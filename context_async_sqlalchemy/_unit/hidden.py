@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from context_async_sqlalchemy._unit.context import _context
-from context_async_sqlalchemy.asgi_types import Message, Receive, Send
+from context_async_sqlalchemy.asgi_types import Message, Send
 
 
 async def send_hidden(send: Send, message: Message) -> None:
@@ -15,15 +15,6 @@ async def send_hidden(send: Send, message: Message) -> None:
     token = _context.set(None)
     try:
         await send(message)
-    finally:
-        _context.reset(token)
-
-
-async def receive_hidden(receive: Receive) -> Message:
-    """Receive a message: a server that goes on reading then does so from here, for good."""
-    token = _context.set(None)
-    try:
-        return await receive()
     finally:
         _context.reset(token)
 

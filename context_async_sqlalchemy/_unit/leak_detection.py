@@ -84,7 +84,7 @@ class _Detector:
     def _warn(self) -> None:
         logger.warning(
             "%r: a connection has been held for %.2f seconds, %s. Before slow work that is not the "
-            "database's, 'await commit_db_session(connect)' gives the connection back.",
+            "database's, 'await session.commit()' gives the connection back.",
             self.connect,
             time.monotonic() - self.since,
             self.circumstances,

@@ -21,6 +21,7 @@ from context_async_sqlalchemy._engine.private_names import (
     has_connections,
     is_committed,
 )
+from context_async_sqlalchemy._engine.read_only import is_read_only
 from context_async_sqlalchemy._engine.release import connections_of, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
@@ -125,6 +126,8 @@ class CommitWatch:
         """Watch a session from now on."""
         session = real_session(session)
         sync_session = session.sync_session
+        if is_read_only(session):
+            return  # nothing of it is durable, though AUTOCOMMIT looks like it
         if sync_session not in self._keys:
             transaction = sync_session.get_transaction()
             if transaction is not None and is_committed(transaction):

@@ -11,10 +11,10 @@ from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._engine.driver_errors import is_transient_error
 from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
+from context_async_sqlalchemy._unit.notes import note_once
 from context_async_sqlalchemy._unit.on_commit import watch_commits
 from context_async_sqlalchemy._unit.settle import (
     BeforeCommitCallback,
-    note_once,
 )
 
 if TYPE_CHECKING:

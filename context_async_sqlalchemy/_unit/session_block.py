@@ -1,52 +1,59 @@
 """`async with session:`, SQLAlchemy's own block, around a session that a context closes."""
 
-from types import TracebackType, new_class
-from typing import NamedTuple
-from weakref import ref
+from types import TracebackType
+from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import SessionTransaction
 
+from context_async_sqlalchemy._engine.greenlets import methods_in_greenlets
 from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import replace_class
-from context_async_sqlalchemy._engine.release import rollback_sessions
-from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._engine.release_in_turn import rollback_in_turn
+from context_async_sqlalchemy._engine.session_queue import (
+    methods_in_turn,
+    queue_tasks,
+    subclass,
+)
+from context_async_sqlalchemy._unit.context import contexts_here
 from context_async_sqlalchemy._unit.lost_work import written
 from context_async_sqlalchemy._unit.settle import is_success
 
-_BLOCKS = "context_async_sqlalchemy.blocks"
+_AFTER = "context_async_sqlalchemy.after"
+"""In the `info` of a session: for each of its blocks, the transaction that had written before."""
+
 _ENTER, _EXIT = AsyncSession.__aenter__, AsyncSession.__aexit__
 
 
-def leave_open(session: AsyncSession, context: DBSessionContext) -> None:
-    """Let a block `async with session:` leave it open; `context` settles and closes it.
+def make_shared(make: async_sessionmaker[SessionT]) -> SessionT:
+    """Make a session to be `share`d, which it is from the start if one like it was."""
+    # Python is slower with the attributes of an object that has changed its class.
+    if type(make) is async_sessionmaker and "sync_session_class" not in make.kw:
+        cls: type[SessionT] = _classes.get(make.class_, make.class_)
+        return cls(**make.kw)
+    return make()
 
-    A block that raises is rolled back. One that began before this call closes the session, and so
-    does one that ends after the context.
+
+def share(session: AsyncSession) -> None:
+    """Let the tasks of a context share a session: their calls queue, and no block closes it.
+
+    The context settles and closes it. A block `async with session:` that raises is rolled back. One
+    that began before this call closes the session, and so does one that ends after the context.
     """
     cls = type(session)
+    if _classes.get(cls) is cls or not issubclass(cls, AsyncSession):  # a mock
+        return
     if cls not in _classes:
-        block = getattr(cls, "__aenter__", None), getattr(cls, "__aexit__", None)
-        if block == (_ENTER, _EXIT):
-            _classes[cls] = _with_own_block(cls)
-        elif block == (_enter, _exit):  # it is in a second context
-            _classes[cls] = cls
-        else:
-            return  # a mock, or whoever has written another block knows what it means
+        own = _classes[cls] = _with_block(cls)
+        _classes[own] = own
     replace_class(session, _classes[cls])
-    session.sync_session.info[_BLOCKS] = _Blocks(ref(context), [])  # a session may outlive it
-
-
-class _Blocks(NamedTuple):
-    """The blocks that have begun around a session since its context has it."""
-
-    context: ref[DBSessionContext]
-    after: list[SessionTransaction | None]  # for each, the transaction that had written before it
+    queue_tasks(session.sync_session)
 
 
 async def _enter(session: AsyncSession) -> AsyncSession:
-    blocks: _Blocks = session.info[_BLOCKS]
-    blocks.after.append(session.sync_session.get_transaction() if any(written(session)) else None)
+    after = session.sync_session.get_transaction() if any(written(session)) else None
+    session.info.setdefault(_AFTER, []).append(after)
     return session
 
 
@@ -56,12 +63,12 @@ async def _exit(
     error: BaseException | None,
     traceback: TracebackType | None,
 ) -> None:
-    blocks: _Blocks = session.info[_BLOCKS]
-    context = blocks.context()
-    if not blocks.after or context is None or session not in context.sessions:
+    blocks: list[SessionTransaction | None] = session.info.get(_AFTER, [])
+    context = next((c for c in contexts_here() if session in c.sessions), None)
+    if not blocks or context is None:
         await _EXIT(session, type_, error, traceback)
         return
-    after = blocks.after.pop()
+    after = blocks.pop()
     # An exception that is an answer itself, such as a redirect, goes by its status.
     if error is None or is_success(getattr(error, "status_code", 500)):
         return
@@ -73,21 +80,15 @@ async def _exit(
             type(error).__name__,
             context.name,
         )
-    await rollback_sessions([session])
+    await rollback_in_turn(session)
 
 
-def _with_own_block(cls: type[AsyncSession]) -> type[AsyncSession]:
-    # Python looks up the methods of a block on the class. A subclass that adds neither attributes
-    # nor a second base has the layout of its class, so that an object may change from one to other.
-    names = {
-        "__slots__": (),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__aenter__": _enter,
-        "__aexit__": _exit,
-    }
-    return new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(names))
+def _with_block(cls: type[AsyncSession]) -> type[AsyncSession]:
+    # Python looks up the methods of a block on the class.
+    methods = methods_in_turn(cls, methods_in_greenlets(cls))
+    if (cls.__aenter__, cls.__aexit__) == (_ENTER, _EXIT):  # or else its author knows what it means
+        methods |= {"__aenter__": _enter, "__aexit__": _exit}
+    return subclass(cls, methods)
 
 
-_classes: dict[type[AsyncSession], type[AsyncSession]] = {}
+_classes: dict[type[Any], type[Any]] = {}

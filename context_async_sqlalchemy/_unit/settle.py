@@ -5,16 +5,19 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeAlias
 
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy._engine.border import given_session
-from context_async_sqlalchemy._engine.commits import check_open_connections
-from context_async_sqlalchemy._engine.driver_errors import is_concurrent_use, is_outcome_unknown
+from context_async_sqlalchemy._engine.commits import check_open_connections, has_one_commit
+from context_async_sqlalchemy._engine.driver_errors import is_outcome_unknown
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.release import is_in_use, rollback_sessions
+from context_async_sqlalchemy._engine.read_only import is_read_only
+from context_async_sqlalchemy._engine.release import rollback_sessions
+from context_async_sqlalchemy._engine.release_in_turn import connections_to_end
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._unit.context import DBSessionContext
+from context_async_sqlalchemy._unit.notes import name_of
 from context_async_sqlalchemy.exceptions import CommitOutcomeUnknownError
 
 BeforeCommitCallback: TypeAlias = Callable[[AsyncSession], Awaitable[None] | None]
@@ -44,7 +47,6 @@ async def abandon(
     context: DBSessionContext, error: BaseException, *, has_answered: bool = False
 ) -> None:
     """Roll back and end a context whose work failed with `error`, perhaps after its answer."""
-    _explain(error)
     if has_answered and context.in_transaction():
         # The error is the server's to log, and says nothing of what had gone well before it.
         logger.warning(
@@ -69,15 +71,18 @@ async def commit_session(session: AsyncSession) -> None:
     """Commit a session; if its connection is lost meanwhile, nobody can know the outcome."""
     if not (session.sync_session.autobegin or session.in_transaction()):
         return  # the application has committed, and SQLAlchemy would refuse
-    check_open_connections(session)
+    connections = connections_to_end(session)
+    check_open_connections(connections)
     try:
-        if AWAITED in session.info:
-            # Cancelled during COMMIT, nobody would know whether to run what waits for it.
+        if not (is_one := has_one_commit(session, connections)):
+            await session.flush()  # what may fail, or wait, comes before the first COMMIT
+        if AWAITED in session.info or not is_one:
+            # Cancelled, one would lack the other, or nobody would know whether to run what waits.
             await run_to_completion(session.commit())
         else:
             await session.commit()
     except DBAPIError as error:
-        if is_outcome_unknown(error):
+        if is_outcome_unknown(error) and not is_read_only(session):
             raise CommitOutcomeUnknownError from error
         raise
 
@@ -99,6 +104,9 @@ async def _commit(
 ) -> None:
     committed: list[AsyncSession] = []
     try:
+        if before_commit is not None or len(sessions) > 1:
+            for session in sessions:
+                connections_to_end(session)  # before anything would wait for it
         if before_commit is not None:
             if len(sessions) > 1:
                 await _flush(sessions)
@@ -106,17 +114,13 @@ async def _commit(
             sessions = context.in_transaction()
         if len(sessions) > 1:
             await _flush(sessions)
-            # A cancellation between two commits would leave one database without the other.
-            await run_to_completion(_commit_each(context, committed))
-        else:
-            # Nothing can be torn here: spare the task. If the only COMMIT is cancelled, nobody was
-            # told that it succeeded, and SQLAlchemy discards the connection.
-            await _commit_each(context, committed)
+        committing = _commit_each(context, sessions, committed)
+        # A cancellation between two commits would leave one database without the other. Of the only
+        # one, nobody was told that it has succeeded, and SQLAlchemy discards the connection.
+        await (run_to_completion(committing) if len(sessions) > 1 else committing)
     except BaseException as error:
-        _explain(error)
-        if committed:
-            names = ", ".join(_name(session) for session in committed)
-            error.add_note(f"Already committed when this happened: {names}")
+        if names := [name_of(session) for session in committed if not is_read_only(session)]:
+            error.add_note(f"Already committed when this happened: {', '.join(names)}")
         await rollback_sessions(context.in_transaction())
         raise
 
@@ -132,41 +136,18 @@ async def _call_before_commit(
 ) -> None:
     called: list[AsyncSession] = []
     # Ask the context each time: the callback may open further sessions, or end a transaction.
-    while waiting := [s for s in context.in_transaction() if s not in called]:
+    while waiting := [s for s in context.in_transaction() if not (s in called or is_read_only(s))]:
         called.append(waiting[0])
         result = before_commit(given_session(waiting[0]))
         if inspect.isawaitable(result):
             await result
 
 
-async def _commit_each(context: DBSessionContext, committed: list[AsyncSession]) -> None:
-    # Ask the context each time: the commit of one may open another, or a transaction of its own.
-    while waiting := [s for s in context.in_transaction() if s not in committed]:
-        if is_in_use(waiting[0]):
-            raise InvalidRequestError(_CONCURRENT_USE)
+async def _commit_each(
+    context: DBSessionContext, waiting: list[AsyncSession], committed: list[AsyncSession]
+) -> None:
+    while waiting:
         await commit_session(waiting[0])
         committed.append(waiting[0])
-
-
-def _name(session: AsyncSession) -> str:
-    url = getattr(getattr(session, "bind", None), "url", None)
-    return f"{url.host or ''}/{url.database}" if url is not None else repr(session)
-
-
-def _explain(error: BaseException) -> None:
-    if is_concurrent_use(error):
-        note_once(error, _CONCURRENT_USE)
-
-
-def note_once(error: BaseException, note: str) -> None:
-    """Add a note to an error that may pass here again."""
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
-
-
-_CONCURRENT_USE = (
-    "Two tasks use the database session of one context at the same time. Await every task before "
-    "the response starts and before the context ends; for concurrent queries give each a context "
-    "of its own with 'await run_in_new_ctx(f)', or a session with "
-    "'async with new_non_ctx_session(connect):'."
-)
+        # The commit of one may open another, or a transaction of its own.
+        waiting = [s for s in context.in_transaction() if s not in committed]

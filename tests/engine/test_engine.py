@@ -204,7 +204,7 @@ def test_an_option_arrives_and_none_is_made_up() -> None:
     pool: Any = chosen.pool
     assert (pool.size(), pool._max_overflow, chosen.sync_engine.hide_parameters) == (3, 1, True)
     assert plain.pool.status() == its_own.pool.status()
-    assert type(plain.pool) is type(its_own.pool)
+    assert isinstance(plain.pool, type(its_own.pool))
 
 
 def test_an_unknown_option_is_refused_by_name() -> None:

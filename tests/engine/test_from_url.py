@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import URL, NullPool, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy import (
     DBConnect,
@@ -110,6 +112,25 @@ async def test_the_options_reach_the_engine_and_the_sessions(database_url: URL) 
         assert level == "serializable"
         assert connect.pool_status().capacity == 3
         await session.close()
+
+
+@pytest.mark.parametrize("base", [AsyncSession, Session])
+async def test_a_class_whose_sessions_need_a_tenant_is_asked_for_none_at_import(base: Any) -> None:
+    tenant: ContextVar[str] = ContextVar("tenant")
+
+    class OfTenant(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.info["tenant"] = tenant.get()
+
+    option = "class_" if base is AsyncSession else "sync_session_class"
+    options: dict[str, Any] = {"session_options": {option: OfTenant}}
+    connect: DBConnect = DBConnect.from_url("sqlite://", **options)
+    async with connect:
+        with pytest.raises(LookupError):
+            await connect.create_session()
+        tenant.set("acme")
+        assert (await connect.create_session()).info["tenant"] == "acme"
 
 
 async def test_without_options_the_defaults_of_sqlalchemy_hold(database_url: URL) -> None:

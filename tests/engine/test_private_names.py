@@ -11,14 +11,31 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import asyncpg
+import greenlet  # type: ignore[import-untyped]
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
-from sqlalchemy import URL, Engine, NullPool, QueuePool, create_engine, event, select, text
-from sqlalchemy.exc import DatabaseError, IllegalStateChangeError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import (
+    URL,
+    Engine,
+    NullPool,
+    QueuePool,
+    create_engine,
+    event,
+    inspect as inspect_object,
+    select,
+    text,
+)
+from sqlalchemy.exc import (
+    DatabaseError,
+    IllegalStateChangeError,
+    InvalidRequestError,
+    TimeoutError as PoolTimeoutError,
+)
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
@@ -29,10 +46,13 @@ from starlette.routing import Route, Router
 import context_async_sqlalchemy
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy._engine import private_names
+from context_async_sqlalchemy._engine.begin_in_flight import write_with_next
+from context_async_sqlalchemy._engine.session_queue import CALLS
 from tests.helpers.database import Database
 from tests.helpers.models import Item
 
 PACKAGE = Path(context_async_sqlalchemy.__file__).parent
+FLUSH = b"H\0\0\0\4"  # which the server takes at any time
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -48,6 +68,25 @@ def transaction_of(session: AsyncSession) -> SessionTransaction:
     transaction = session.sync_session.get_transaction()
     assert transaction is not None
     return transaction
+
+
+async def test_sqlalchemy_waits_in_a_greenlet_of_another_class() -> None:
+    class Ours(private_names.Provider, greenlet.greenlet):  # type: ignore[misc]
+        pass
+
+    assert not greenlet.greenlet(private_names.in_greenlet).switch()
+    assert Ours(private_names.in_greenlet).switch()
+    waited_for = Ours(lambda: private_names.await_only(asyncio.sleep(0))).switch()
+    await waited_for
+
+
+def test_the_methods_of_a_session_that_wait_call_one_function() -> None:
+    async def spawn(*_: object, **__: object) -> None: ...
+
+    methods = private_names.methods_that_spawn(spawn)
+    assert methods.keys() >= {"execute", "scalar", "get", "flush", "refresh", "commit", "rollback"}
+    assert all(method.__globals__["greenlet_spawn"] is spawn for method in methods.values())
+    assert AsyncSession.execute.__globals__["greenlet_spawn"] is greenlet_spawn
 
 
 async def test_a_function_decides_what_a_connection_of_sqlite_may_do(
@@ -151,6 +190,68 @@ async def test_a_commit_that_was_a_rollback_is_told(connect: DBConnect) -> None:
     private_names.let_commit_tell(object())
 
 
+async def test_every_statement_is_executed_by_one_method(
+    any_connect: DBConnect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = private_names.EXECUTE
+    called: list[object] = []
+    execute = getattr(Session, name)
+
+    def count(session: Session, statement: Any, *args: Any, **options: Any) -> Any:
+        called.append(statement)
+        return execute(session, statement, *args, **options)
+
+    monkeypatch.setattr(Session, name, count)
+    statement = select(1)
+    async with new_non_ctx_session(any_connect) as session:
+        await session.execute(statement)
+        await session.scalar(statement)
+        await session.scalars(statement)
+        await session.run_sync(lambda sync_session: Session.execute(sync_session, statement))
+    assert called == [statement] * 4
+
+
+def test_a_session_has_the_methods_that_wait() -> None:
+    new_in_2_1 = {"delete_all", "merge_all"}
+    assert {n for n in CALLS if not hasattr(Session, n)} in (set(), new_in_2_1)
+
+
+async def test_what_is_changed_is_in_a_set_of_the_session(any_connect: DBConnect) -> None:
+    async with new_non_ctx_session(any_connect) as session:
+        item = Item(id=1, name="a")
+        session.add(item)
+        await session.flush()
+        states = private_names.modified_states(session.sync_session)
+        assert states == set()
+        item.name = "b"
+        assert states == {inspect_object(item)}
+        states.clear()
+        assert not session.dirty
+        await session.rollback()
+
+
+async def test_a_stream_fetches_from_its_cursor(any_connect: DBConnect) -> None:
+    fetched: list[object] = []
+
+    def wrap(cursor: Any, connection: Any) -> Any:
+        fetched.append(connection.dialect)
+        return Mock(wraps=cursor)
+
+    async with new_non_ctx_session(any_connect) as session:
+        item = Item(id=1, name="a")
+        session.add(item)
+        await session.flush()
+        for statement in select(Item.id), select(Item):
+            result = await session.stream(statement)
+            private_names.wrap_cursor(result, wrap)
+            real: Any = result._real_result
+            cursor = getattr(real, "raw", real).cursor
+            await result.all()
+            assert cursor.fetchall.called or cursor.fetchmany.called
+        assert fetched == [session.get_bind().dialect] * 2
+        await session.rollback()
+
+
 async def test_a_session_gets_a_subclass_of_its_own() -> None:
     class Own(AsyncSession):
         pass
@@ -246,6 +347,62 @@ async def test_asyncpg_holds_on_to_a_transaction_that_could_not_begin(connect: D
         assert not private_names.has_failed_to_begin(driver)
 
 
+async def test_asyncpg_has_tasks_that_ask_the_server_to_cancel(connect: DBConnect) -> None:
+    async with new_non_ctx_session(connect) as session:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        assert private_names.take_cancellations(driver) == set()
+        with pytest.raises(TimeoutError):
+            await driver.execute("SELECT pg_sleep(10)", timeout=0.01)
+        (task,) = private_names.take_cancellations(driver)
+        assert private_names.take_cancellations(driver) == set()
+        await task
+        assert await driver.fetchval("SELECT 1") == 1
+
+
+async def test_asyncpg_encodes_then_calls_then_writes(connect: DBConnect) -> None:
+    async with new_non_ctx_session(connect) as session:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        statement = await driver.prepare("SELECT $1::int")
+        protocol, transport = private_names.protocol_and_transport(driver)
+        base, calls = type(protocol), []
+
+        class Calls(private_names.CallsBeforeWrite, base):  # type: ignore[misc, valid-type]
+            def before_write(self) -> None:
+                calls.append("before")
+                write_with_next(transport, FLUSH)
+
+        private_names.replace_class(protocol, Calls)
+        with pytest.raises(asyncpg.DataError):
+            await statement.fetch("one")
+        assert calls == []
+        assert [row[0] for row in await statement.fetch(1)] == [1]
+        assert calls == ["before"]
+        private_names.replace_class(protocol, base)
+    assert private_names.protocol_and_transport(object()) == (None, None)
+
+
+def test_a_transport_writes_a_piece_together_with_the_next_one() -> None:
+    written: list[bytes] = []
+
+    class OfUvloop:
+        __slots__ = ()
+
+        def write(self, data: bytes) -> None:
+            written.append(bytes(data))
+
+    class OfAsyncio(OfUvloop):
+        pass
+
+    for transport, expected in (OfAsyncio(), [b"ab", b"c"]), (OfUvloop(), [b"a", b"b", b"c"]):
+        write_with_next(transport, b"a")
+        for piece in (b"b", b"c"):
+            transport.write(piece)
+        assert written == expected
+        written.clear()
+
+
 def test_the_overflow_of_a_pool_is_known() -> None:
     engine = create_engine("sqlite://", poolclass=QueuePool, pool_size=2, max_overflow=3)
     assert isinstance(engine.pool, QueuePool)
@@ -309,8 +466,8 @@ def test_an_engine_commits_and_closes_by_what_is_put_there() -> None:
         called.append("close")
         do_close(connection)
 
-    private_names.replace_commit(engine.dialect, commit)
-    private_names.replace_close(engine.dialect, close)
+    private_names.replace_of_dialect(engine.dialect, "do_commit", commit)
+    private_names.replace_of_dialect(engine.dialect, "do_close", close)
     with engine.execution_options(a=1).begin() as connection:  # a copy
         connection.execute(select(1))
     assert called == ["commit", "close"]
@@ -413,6 +570,29 @@ def test_a_static_pool_is_watched() -> None:
     with pytest.raises(ZeroDivisionError):
         engine.connect()
     assert calls == ["before", "after"] * 3
+
+
+@pytest.mark.parametrize("use_lifo", [False, True])
+async def test_a_pool_keeps_its_connections_in_the_given_queue(use_lifo: bool) -> None:
+    used = []
+
+    class Fifo(asyncio.Queue[Any]):
+        async def get(self) -> Any:
+            used.append(type(self))
+            return await super().get()
+
+    class Lifo(Fifo, asyncio.LifoQueue[Any]):
+        pass
+
+    url, pool = "sqlite+aiosqlite://", private_names.pool_with_queues(Fifo, Lifo)
+    engine = create_async_engine(
+        url, poolclass=pool, pool_size=1, max_overflow=0, pool_timeout=0.01, pool_use_lifo=use_lifo
+    )
+    async with engine.connect():
+        with pytest.raises(PoolTimeoutError, match="QueuePool limit of size 1"):
+            await engine.connect()
+    await engine.dispose()
+    assert used[-1] is (Lifo if use_lifo else Fifo)
 
 
 async def test_what_is_spawned_waits_inside_a_greenlet() -> None:

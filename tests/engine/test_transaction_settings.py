@@ -25,8 +25,11 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     new_non_ctx_session,
 )
+from context_async_sqlalchemy.asgi_types import Scope
+from context_async_sqlalchemy.postgres import keep_on_primary
 from context_async_sqlalchemy.starlette_utils import database_health
 from context_async_sqlalchemy.test_utils import shared_transaction
+from tests.helpers.asgi import app_of, call
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database, assert_clean, server_url
 from tests.helpers.pgbouncer import CONNECT_ARGS, pgbouncer, pgbouncer_binary
@@ -364,6 +367,50 @@ async def test_autocommit_is_refused_when_it_is_chosen_later(driver: str, role_u
                 await connection.scalar(TENANT)
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_session_that_reads_without_a_transaction_is_refused_before_it_sends_anything(
+    driver: str, notes: URL, database: Database
+) -> None:
+    async with make(notes, driver) as connect:
+        await add(connect, "acme", "a")
+        async with new_db_session_ctx():
+            with pytest.raises(InvalidRequestError, match=r"transaction_settings.*'snapshot'"):
+                await db_session(connect, read_only=True)
+            assert connections_out(connect) == 0
+
+        async def handle(_: Scope) -> int:
+            with pytest.raises(InvalidRequestError, match=r"transaction_settings.*'snapshot'"):
+                await db_session(connect)
+            session = await db_session(connect, read_only="snapshot")
+            assert (await session.scalars(BODIES)).all() == ["a"]
+            return 200
+
+        await call(app_of(handle, read_only_methods={"GET"}))
+        await assert_clean(connect, database)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_snapshot_begins_with_them_and_leaves_none(
+    driver: str, notes: URL, database: Database
+) -> None:
+    async with make(notes, driver) as connect:
+        await add(connect, "acme", "a")
+        await add(connect, "globex", "b")
+        for name, expected in ("acme", ["a"]), ("globex", ["b"]), ("nobody", []):
+            tenant.set(name)
+            async with new_db_session_ctx():
+                session = await db_session(connect, read_only="snapshot")
+                assert (await session.scalars(BODIES)).all() == expected
+                assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+        await are_apart_after_reading(connect)
+
+
+async def are_apart_after_reading(connect: DBConnect) -> None:
+    await add(connect, "acme", "c")
+    assert await bodies(connect, "acme") == ["a", "c"]
+    assert await bodies(connect, "globex") == ["b"]
+
+
 async def test_a_transaction_in_two_phases_is_refused(role_url: URL) -> None:
     tenant.set("acme")
     options: dict[str, Any] = {"session_options": {"twophase": True}}
@@ -375,7 +422,7 @@ async def test_a_transaction_in_two_phases_is_refused(role_url: URL) -> None:
 
 def test_what_cannot_be_called_is_refused() -> None:
     settings: Any = {"app.tenant": "acme"}
-    with pytest.raises(TypeError, match="transaction_settings must be callable, not dict"):
+    with pytest.raises(TypeError, match=r"transaction_settings must be callable, not dict"):
         make(server_url(), transaction_settings=settings)
 
 
@@ -445,6 +492,16 @@ async def test_an_engine_for_migrations_and_a_probe_are_nobodys(driver: str, rol
             assert (await client.get("/")).status_code == 200
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_the_chooser_of_a_host_is_nobodys(driver: str, role_url: URL) -> None:
+    handler = keep_on_primary(["127.0.0.1"])
+    url = role_url.set(host="localhost")
+    async with make(url, driver, before_create_session_handler=handler) as connect:
+        # Nobody's tenant is set: settings would raise, and no host would be found.
+        await (await connect.create_session()).close()
+        assert connect.host == "127.0.0.1"
+
+
 async def test_two_connections_at_a_time_begin_with_their_own(role_url: URL) -> None:
     async with make(role_url, pool_size=2) as connect:
         sessions = [await connect.create_session() for _ in range(2)]
@@ -471,7 +528,7 @@ async def test_the_function_is_asked_nothing_when_it_is_off(role_url: URL) -> No
     async with make(role_url, transaction_settings=None) as connect:
         await connect.ping()
         assert connect.engine is not None
-        assert not connect.engine.sync_engine._has_events
+        assert not [*connect.engine.sync_engine.dispatch.begin]
 
 
 # Every value

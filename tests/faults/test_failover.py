@@ -76,6 +76,11 @@ class Load:
             while not condition():
                 await asyncio.sleep(0.001)
 
+    async def all_ended(self, moment: float) -> None:
+        """Wait until every request that began before `moment` has ended."""
+        before = [number for number, began in self.began.items() if began < moment]
+        await self.reaches(lambda: all(number in self.ended for number in before))
+
     async def writes_more(self, count: int) -> None:
         """Wait until `count` more have been told that they succeeded."""
         wanted = len(self.successes) + count
@@ -105,15 +110,20 @@ async def load_on(connect: DBConnect, attempts: int = 1) -> AsyncGenerator[Load]
         yield load
 
 
-@pytest.mark.parametrize("attempts", [1, 5])
+@pytest.mark.parametrize(("attempts", "verifies"), [(1, False), (5, False), (5, True)])
 async def test_the_application_follows_the_promoted_standby_and_no_success_is_lost(
-    attempts: int, record_property: Callable[[str, object], None]
+    attempts: int, verifies: bool, record_property: Callable[[str, object], None]
 ) -> None:
     with primary_and_standby("on") as (primary, standby):
         primary.psql(CREATE)
         handler = keep_on_primary([PRIMARY_HOST, STANDBY_HOST], check_after=0.1, timeout=1)
         async with (
-            DBConnect.from_url(primary.url, before_create_session_handler=handler) as connect,
+            DBConnect.from_url(
+                primary.url,
+                before_create_session_handler=handler,
+                verify_commits=verifies,
+                verify_timeout=0.5,
+            ) as connect,
             load_on(connect, attempts) as load,
             load.running(4),
         ):
@@ -123,6 +133,8 @@ async def test_the_application_follows_the_promoted_standby_and_no_success_is_lo
             await asyncio.to_thread(standby.promote)
             promoted = time.monotonic()
             await load.writes_more(200)
+            # A COMMIT that was lost is looked up until the deadline.
+            await load.all_ended(killed)
             failures = len(load.failures)
             await load.writes_more(200)
             assert len(load.failures) == failures, "errors go on after the first successes"
@@ -139,9 +151,9 @@ async def test_the_application_follows_the_promoted_standby_and_no_success_is_lo
     assert back < promoted + 5
     record_property(
         "measured",
-        f"failover, attempts={attempts}: writes go on {back - killed:.2f} s after the death of the"
-        f" primary, promoted in {promoted - killed:.2f} s;"
-        f" {len(load.failures)} of {len(load.ended)} requests failed",
+        f"failover, attempts={attempts}, verify_commits={verifies}: writes go on"
+        f" {back - killed:.2f} s after the death of the primary, promoted in"
+        f" {promoted - killed:.2f} s; {len(load.failures)} of {len(load.ended)} requests failed",
     )
 
 

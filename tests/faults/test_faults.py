@@ -1,9 +1,10 @@
 """The promise holds at every point where something can go wrong; each point is tried.
 
 Each request is run as it is, with every fault; and with a setting of each other kind (another
-driver, errors that are swallowed, a second engine in the session, a response that starts late), one
-request with one of that kind, and the next request with the next. `EVERY_SETTING=1` runs each with
-all of them, which takes twice the time.
+driver, errors that are swallowed, a second engine in the session, a response that starts late,
+BEGIN in flight, a lost COMMIT that is looked up), one request with one of that kind, and the next
+request with the next.
+`EVERY_SETTING=1` runs each with all of them, which takes twice the time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ TWO_ENGINES = Setting("asyncpg", write_on_two_engines)
 TWO_ENGINES_OF_PSYCOPG = Setting("psycopg", write_on_two_engines)
 HOLDING = Setting("asyncpg", write_plainly, Holding)
 SPAWNING = Setting("asyncpg", write_plainly, Spawning)
+IN_FLIGHT = Setting(in_flight=True)
+VERIFIED = Setting(verified=True)
+VERIFIED_BY_PSYCOPG = Setting("psycopg", verified=True)
 FAULTS = [*Fault, "terminated"]
+LOST = [Fault.LOST_BEFORE, Fault.LOST_AFTER, "terminated"]
 
 Case: TypeAlias = tuple[Setting, object]
 
@@ -76,6 +81,9 @@ def reported(
     gc.collect()
     for record in caplog.records:
         assert "garbage collector" not in record.getMessage()
+    messages = [record.getMessage() for record in caplog.get_records("call")]
+    outcomes = {m.rpartition(": ")[2] for m in messages if "was lost during COMMIT" in m}
+    assert outcomes <= {"committed", "aborted", "nothing to commit"}, "an outcome is unknown"
 
 
 @pytest.fixture
@@ -128,7 +136,8 @@ async def run(app: ASGIApp, sent: list[Message]) -> None:
 async def fail_each_in_its_turn(bench: Bench, fault: object) -> None:
     async with bench.connects() as connects:
         for number in itertools.count(1):
-            await bench.close_idle(connects)  # so that connecting may fail, too
+            if not bench.setting.in_flight:  # only a statement that is prepared takes BEGIN along
+                await bench.close_idle(connects)  # so that connecting may fail, too
             tasks = asyncio.all_tasks()
             bench.fault = (number, fault)
             sent: list[Message] = []
@@ -146,6 +155,8 @@ async def fail_each_in_its_turn(bench: Bench, fault: object) -> None:
     [(SWALLOWING, Fault.ERROR), (AT_THE_DRIVER, Fault.ERROR), (AT_PSYCOPG, Fault.ERROR)],
     [(TWO_ENGINES, Fault.ERROR), (TWO_ENGINES_OF_PSYCOPG, Fault.ERROR)],
     [(HOLDING, Fault.ERROR), (SPAWNING, "terminated")],
+    [(IN_FLIGHT, fault) for fault in FAULTS],
+    [(setting, f) for f in LOST for setting in (VERIFIED, VERIFIED_BY_PSYCOPG)],
 )
 async def test_every_round_trip_fails_in_its_turn(bench: Bench, fault: object) -> None:
     await fail_each_in_its_turn(bench, fault)
@@ -177,6 +188,7 @@ async def cancel_at_each_suspension(bench: Bench, kind: str) -> None:
     [(PLAIN, "asyncio")],
     [(PLAIN, "anyio")],
     [(PSYCOPG, "asyncio"), (TWO_ENGINES, "asyncio"), (HOLDING, "anyio"), (SPAWNING, "asyncio")],
+    [(IN_FLIGHT, "asyncio"), (VERIFIED, "asyncio")],
 )
 async def test_a_request_is_cancelled_at_every_suspension(bench: Bench, fault: str) -> None:
     await cancel_at_each_suspension(bench, fault)

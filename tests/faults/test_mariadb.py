@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ import pytest_asyncio
 import sqlalchemy
 from packaging.version import Version
 from sqlalchemy import URL, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
@@ -105,6 +112,20 @@ async def test_a_request_that_marks_itself_is_rolled_back_and_its_rows_are_told_
     assert ("rows: 2," in caplog.text) is bool(rows)
 
 
+@pytest.mark.filterwarnings("ignore:Previous unbuffered result was left incomplete")
+async def test_a_stream_that_another_task_cuts_off_says_so(connect: DBConnect) -> None:
+    assert connect.engine is not None
+    if connect.engine.driver == "asyncmy" and Version(version("asyncmy")) < Version("0.2.11"):
+        pytest.skip("it reads the rest of the stream as the answer to the other statement")
+    async with new_db_session_ctx():
+        session = await db_session(connect)
+        numbers = await session.stream(text("SELECT seq FROM seq_1_to_3000"))
+        assert await numbers.fetchone() == (1,)
+        assert await asyncio.create_task(session.scalar(text("SELECT 42"))) == 42
+        with pytest.raises(InvalidRequestError, match="Another statement was executed"):
+            await numbers.fetchone()
+
+
 async def test_a_savepoint_fails_alone(connect: DBConnect) -> None:
     async with new_db_session_ctx():
         await add(connect, "a")
@@ -138,6 +159,63 @@ async def test_a_request_is_cancelled_at_every_suspension(connect: DBConnect, ki
             break
     assert "/1" not in await names(connect)
     assert sent[-1] == f"/{number}"
+
+
+async def test_a_read_only_session_reads_refuses_writes_and_leaves_a_transaction(
+    connect: DBConnect,
+) -> None:
+    async with new_db_session_ctx():
+        await add(connect, "a")
+    async with new_db_session_ctx():
+        reading = await db_session(connect, read_only=True)
+        assert list(await reading.scalars(select(Item.name))) == ["a"]
+        with pytest.raises(InvalidRequestError, match="session is read-only"):
+            await reading.execute(insert(Item).values(name="b"))
+        await add(connect, "b")
+        assert list(await reading.scalars(select(Item.name))) == ["a"]
+        await (await db_session(connect)).commit()
+        assert list(await reading.scalars(select(Item.name))) == ["a", "b"]  # no old snapshot
+        result = await reading.stream_scalars(select(Item.name))
+        assert [name async for name in result] == ["a", "b"]
+        with pytest.raises(InvalidRequestError, match="is for PostgreSQL"):
+            await db_session(connect, read_only="snapshot")
+    await next_users_have_a_transaction(connect)
+
+
+@pytest.mark.skipif(
+    installed < Version("2.0.55") or Version("2.1") <= installed < Version("2.1.2"),
+    reason="a connection whose return was cancelled waits for the garbage collector",
+)
+@pytest.mark.parametrize("kind", ["asyncio", "anyio"])
+async def test_a_request_that_reads_is_cancelled_at_every_suspension(
+    connect: DBConnect, kind: str
+) -> None:
+    async def handler(_: Scope) -> int:
+        await (await db_session(connect)).execute(select(Item.name))
+        return 200
+
+    for number in itertools.count(1):
+        app = app_of(handler, read_only_methods={"GET"})
+        suspensions = await cancel_at(number, call(app), kind)
+        await until(lambda: connect.pool_status().checked_out == 0)
+        if suspensions < number:
+            break
+    await next_users_have_a_transaction(connect)
+
+
+async def next_users_have_a_transaction(connect: DBConnect) -> None:
+    """Check that whoever takes one of the connections of the pool can roll back."""
+    before = await names(connect)
+    all_have_written = asyncio.Barrier(2)
+
+    async def write_and_roll_back(name: str) -> None:
+        async with new_non_ctx_session(connect) as session:
+            await session.execute(insert(Item).values(name=name))
+            async with asyncio.timeout(30):
+                await all_have_written.wait()
+
+    await asyncio.gather(write_and_roll_back("undone"), write_and_roll_back("undone, too"))
+    assert await names(connect) == before
 
 
 @asynccontextmanager

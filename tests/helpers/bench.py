@@ -46,15 +46,21 @@ class Setting:
         driver: The driver for PostgreSQL.
         write: How each row is written.
         middleware: A middleware inside ours, or None.
+        in_flight: Whether BEGIN, with settings of the transaction, rides with the first statement.
+        verified: Whether a lost COMMIT is looked up.
     """
 
     driver: str = "asyncpg"
     write: Write = write_plainly
     middleware: Any = None
+    in_flight: bool = False
+    verified: bool = False
 
     def __str__(self) -> str:
         inside = f"-{self.middleware.__name__}" if self.middleware is not None else ""
-        return f"{self.driver}-{self.write.__name__}{inside}"
+        begin = "-in_flight" if self.in_flight else ""
+        verified = "-verified" if self.verified else ""
+        return f"{self.driver}-{self.write.__name__}{inside}{begin}{verified}"
 
     def __call__(self, number: int) -> None: ...
 
@@ -209,6 +215,14 @@ class PostgresBench(Bench):
     def _connect(self, url: URL) -> DBConnect:
         # It would look for the type in a transaction of its own, for each connection.
         options = {"use_native_hstore": False} if self.setting.driver == "psycopg" else {}
+        if self.setting.in_flight:
+            return DBConnect.from_url(
+                url,
+                begin_with_first_statement=True,
+                transaction_settings=lambda: {"app.tenant": "acme"},
+            )
+        if self.setting.verified:
+            return DBConnect.from_url(url, verify_commits=True, pool_size=5)
         if self.setting.write is not write_on_two_engines:
             return make_connect(url, **options)
         other = create_async_engine(url, **options)

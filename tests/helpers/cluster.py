@@ -39,7 +39,7 @@ def primary_and_standby(
     """
     port = free_port(PRIMARY_HOST, STANDBY_HOST)
     with new_server(PRIMARY_HOST, port, _OPTIONS) as primary:
-        standby = _copy_of(primary, STANDBY_HOST)
+        standby = copy_of(primary, STANDBY_HOST)
         if synchronous_commit is not None:
             # The standby has no copy of this. A reload would not report when it has taken effect.
             primary.psql("ALTER SYSTEM SET synchronous_standby_names = '*'")
@@ -55,9 +55,10 @@ def primary_and_standby(
             standby.end()
 
 
-def _copy_of(primary: Server, host: str) -> Server:
+def copy_of(primary: Server, host: str) -> Server:
+    """Return a standby of a primary, on its port at another host; the caller starts and ends it."""
     copy = Server(
-        primary.data.with_name("standby"), primary.system_user, host, primary.port, _OPTIONS
+        primary.data.with_name(f"standby-{host}"), primary.system_user, host, primary.port, _OPTIONS
     )
     copy.data.mkdir(mode=0o700)
     if copy.system_user is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, NullPool, make_url, text
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -21,11 +21,30 @@ from sqlalchemy.ext.asyncio import (
 
 from context_async_sqlalchemy import DBConnect
 from tests.helpers.connections import connections_out
+from tests.helpers.names import unique_name
 from tests.helpers.pgbouncer import CONNECT_ARGS
 
 
 def server_url() -> URL:
     return make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
+
+
+@contextmanager
+def new_database(prefix: str) -> Generator[URL]:
+    """Make an empty database; yield its URL; drop it at the end."""
+    server = server_url()
+    name = unique_name(prefix)
+
+    async def run(statement: str) -> None:
+        engine = create_async_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        async with engine.connect() as connection:
+            await connection.execute(text(statement))
+
+    asyncio.run(run(f"CREATE DATABASE {name}"))
+    try:
+        yield server.set(database=name)
+    finally:
+        asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 class Database:
@@ -74,6 +93,14 @@ class Database:
             statement,
         )
         return pid
+
+    async def is_asleep(self) -> bool:
+        """Return whether another backend is inside pg_sleep(): not when it has only parsed it."""
+        rows = await self.fetch(
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event = 'PgSleep'"
+        )
+        return rows != []
 
     async def backends(self) -> list[int]:
         """Return the PID of every other connection."""

@@ -31,15 +31,6 @@ def pgbouncer_binary() -> str | None:
     return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 
 
-def pgbouncer_version() -> tuple[int, int]:
-    """Return the major and minor version; `max_prepared_statements` is new in 1.21."""
-    binary = pgbouncer_binary()
-    assert binary is not None
-    output = subprocess.run([binary, "--version"], check=True, capture_output=True, text=True)
-    major, minor = output.stdout.split()[1].split(".")[:2]
-    return int(major), int(minor)
-
-
 @contextmanager
 def pgbouncer(server: URL, **settings: object) -> Generator[URL]:
     """Run PgBouncer on a free loopback port.

@@ -170,6 +170,24 @@ def frozen(server: Server) -> Generator[None]:
             process.resume()
 
 
+def use_again(server: Server, xid: str, statement: str) -> None:
+    """Commit transactions on a server that has lost one, until another one has its number.
+
+    Args:
+        server: The server; it may not take connections yet.
+        xid: The number.
+        statement: What to do in each transaction.
+    """
+
+    def is_used() -> bool:
+        with suppress(subprocess.CalledProcessError):
+            server.psql(statement)
+            return server.psql(f"SELECT pg_xact_status('{xid}'::xid8)") == "committed"
+        return False
+
+    wait_until(is_used)
+
+
 def free_port(*hosts: str) -> int:
     """Return a port that is free.
 

@@ -35,10 +35,12 @@ class Call:
     Attributes:
         statement: The SQL text; "connect" for a new connection.
         pid: The server process of the connection; 0 for a new one.
+        begin: What is run before the statement in the same round trip, if that is a BEGIN.
     """
 
     statement: str
     pid: int
+    begin: str = ""
 
 
 Decide = Callable[[Call], Awaitable[Fault | None]]
@@ -129,30 +131,33 @@ class _Connection:
         return length + await self._client_reader.readexactly(struct.unpack("!I", length)[0] - 4)
 
     async def _pump_calls(self, server: asyncio.StreamWriter) -> None:
-        batch, statement = b"", ""
+        batch, statement, begin = b"", "", ""
         while True:
             kind, message = await _read_message(self._client_reader)
             batch += message
             statement = self._statement_of(kind, message) or statement
+            if kind == b"E" and statement.startswith(("BEGIN", "SELECT pg_catalog.set_config")):
+                begin += f"{statement};"
             if kind not in _ENDS_OF_BATCH:
                 continue
             # Some versions of asyncpg query types as they connect. If that fails, SQLAlchemy leaves
             # the connection to the garbage collector; no other code sees it.
-            self._is_set_up = self._is_set_up or statement.startswith("BEGIN")
+            self._is_set_up = self._is_set_up or "BEGIN" in (statement[:5], begin[:5])
             # A Sync by itself only ends an earlier failure.
             is_sync = kind == b"S" and len(batch) == len(message)
             is_call = self._is_set_up and kind != b"X" and not is_sync
-            fault = await self._decide(Call(statement, self._pid)) if is_call else None
+            call = Call(statement, self._pid, begin)
+            fault = await self._decide(call) if is_call else None
             if fault is Fault.LOST_BEFORE:
                 return
             if fault is Fault.ERROR:
-                self._answer_with_error(statement, server, flushed=kind == b"H")
+                self._answer_with_error(call, server, flushed=kind == b"H")
             else:
                 if fault is Fault.LOST_AFTER:
                     self._lost_after = _ENDS_OF_REPLY
                 server.write(batch)
                 await server.drain()
-            batch, statement = b"", ""
+            batch, statement, begin = b"", "", ""
 
     async def _pump_replies(self, server: asyncio.StreamReader) -> None:
         while True:
@@ -180,13 +185,14 @@ class _Connection:
         return None
 
     def _answer_with_error(
-        self, statement: str, server: asyncio.StreamWriter, *, flushed: bool
+        self, call: Call, server: asyncio.StreamWriter, *, flushed: bool
     ) -> None:
+        statement = call.statement
         fields = b"SERROR\0VERROR\0C40001\0Minjected\0\0"
         self._client_writer.write(b"E" + struct.pack("!I", len(fields) + 4) + fields)
         if not statement.startswith(("BEGIN", "COMMIT", "ROLLBACK")):
             # The transaction has to fail there, too.
-            self._run_unseen(b"SELECT 1 / 0", server)
+            self._run_unseen(f"{call.begin}SELECT 1 / 0".encode(), server)
         if flushed:
             return
         status = b"E"

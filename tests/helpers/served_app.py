@@ -17,6 +17,7 @@ from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
 from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.asgi_utils import RequestLimitsMiddleware
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from tests.helpers.connections import connections_out
 from tests.helpers.models import Item, Seat
@@ -37,12 +38,19 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 app = FastAPI(lifespan=lifespan)
 add_fastapi_http_db_session_middleware(app, attempts=3)
+app.add_middleware(RequestLimitsMiddleware, cancel_on_disconnect={"GET"})
 attempts = Counter[str]()
 
 
 async def add(name: str) -> None:
     session = await db_session(connect)
     await session.execute(insert(Item).values(name=name))
+
+
+@app.get("/asleep")
+async def sleep() -> None:
+    session = await db_session(connect)
+    await session.execute(text("SELECT pg_sleep(30)"))
 
 
 @app.post("/{name}", status_code=201)

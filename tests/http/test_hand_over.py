@@ -11,9 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route, Router
 
+from context_async_sqlalchemy import DBConnect
 from context_async_sqlalchemy._http.hand_over import HandOver
+from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
-from tests.helpers.asgi import call
+from tests.helpers.asgi import add, call
+from tests.helpers.database import Database
 from tests.helpers.late_start import Holding
 
 
@@ -75,3 +78,27 @@ async def test_so_it_is_inside_the_middlewares_of_what_a_router_leads_to(
     add_starlette_http_db_session_middleware(app)
     await call(app)
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_a_status_without_a_body_is_settled_when_it_is_sent(
+    connect: DBConnect, database: Database, status: int
+) -> None:
+    class Refusing(Holding):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_on(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["status"] = 500
+                await send(message)
+
+            await super().__call__(scope, receive, send_on)
+
+    async def write(_: Request) -> Response:
+        await add(connect, "a")
+        return Response(status_code=status)
+
+    app = Starlette(routes=[Route("/", write)], middleware=[Middleware(Refusing)])
+    add_starlette_http_db_session_middleware(app)
+    start, *_ = await call(app)
+    assert start["status"] == 500
+    assert await database.names() == []

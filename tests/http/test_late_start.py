@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
+from starlette import __version__ as starlette_version
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -43,6 +44,7 @@ from tests.helpers.models import Seat
 Endpoint = Callable[[Request], Awaitable[Response]]
 MakeApp = Callable[..., Any]
 ROWS = 2000
+STARLETTE = tuple(map(int, starlette_version.split(".")[:2]))
 
 
 def starlette(endpoint: Endpoint, middlewares: list[Any], **options: Any) -> Starlette:
@@ -338,6 +340,8 @@ async def test_a_cursor_of_the_handler_is_read_if_the_commit_comes_after_the_res
 async def test_a_background_task_has_a_transaction_of_its_own(
     connect: DBConnect, database: Database, make: MakeApp, middlewares: list[Any]
 ) -> None:
+    if Spawning in middlewares and STARLETTE < (1, 7):
+        pytest.skip("it may begin before the commit, as the page says")
     seen: list[list[str]] = []
 
     async def later() -> None:

@@ -290,5 +290,5 @@ async def test_a_block_of_the_users_own_is_left_as_it_is(store: Store) -> None:
     store.connect._session_maker = async_sessionmaker(store.connect.engine, class_=OwnBlock)
     async with new_db_session_ctx():
         session = await write(store, "committed")
-        assert type(session) is OwnBlock
+        assert type(session).__aexit__ is OwnBlock.__aexit__
         assert await store.names() == ["committed"]

@@ -96,6 +96,14 @@ async def wait_for_the_pool(connect: DBConnect, _: Database) -> None:
             await session.close()
 
 
+async def wait_where_nobody_may(connect: DBConnect, database: Database) -> None:
+    await connect.session_maker()
+    assert connect.engine is not None
+    url = connect.engine.url
+    async with DBConnect.from_url(url, pool_size=1, max_overflow=0, max_waiting=0) as impatient:
+        await wait_for_the_pool(impatient, database)
+
+
 async def ignore_a_lost_race(connect: DBConnect, _: Database) -> None:
     session = await db_session(connect)
     with pytest.raises(DBAPIError):
@@ -120,6 +128,7 @@ async def lose_the_race_at_commit(connect: DBConnect, _: Database) -> None:
         (be_terminated_between_statements, UNAVAILABLE),
         (be_terminated_inside_a_statement, UNAVAILABLE),
         (wait_for_the_pool, UNAVAILABLE),
+        (wait_where_nobody_may, UNAVAILABLE),
         (fail_to_serialize, CONFLICT),
         (lose_the_race_at_commit, CONFLICT),
         (ignore_a_lost_race, CONFLICT),

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Column, Integer, MetaData, NullPool, Table, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from context_async_sqlalchemy import DBConnect, new_non_ctx_session
+from context_async_sqlalchemy import DBConnect, PoolStatus, new_non_ctx_session
 from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 from context_async_sqlalchemy.fastapi_utils import DBSessionDependency
 from context_async_sqlalchemy.starlette_utils import database_health, database_lifespan
@@ -51,7 +51,7 @@ async def health_of(app: Starlette) -> tuple[int, Any]:
     return response.status_code, response.json()
 
 
-EMPTY = {"size": 5, "checked_in": 0, "checked_out": 0, "overflow": 0, "capacity": 15}
+EMPTY = {"size": 5, "checked_in": 0, "checked_out": 0, "overflow": 0, "capacity": 15, "waiting": 0}
 
 
 @pytest.mark.parametrize("make_app", [make_starlette, make_added, make_fastapi])
@@ -72,7 +72,14 @@ async def test_a_full_pool_is_shown_and_not_waited_for(
         for _ in range(2):
             session = await stack.enter_async_context(new_non_ctx_session(connect))
             await session.execute(text("SELECT 1"))
-        pool = {"size": 1, "checked_in": 0, "checked_out": 2, "overflow": 1, "capacity": 2}
+        pool = {
+            "size": 1,
+            "checked_in": 0,
+            "checked_out": 2,
+            "overflow": 1,
+            "capacity": 2,
+            "waiting": 0,
+        }
         assert await health_of(make_starlette(connect)) == (200, {"healthy": True, "pool": pool})
         assert await database.connections() == 2
 
@@ -351,3 +358,52 @@ async def test_an_application_does_not_start_without_its_database(
         async with database_lifespan(connect, wait=True)(None):
             pytest.fail("it has started")
     assert connect.engine is None
+
+
+async def test_tables_that_are_missing_are_created_and_the_others_kept(
+    connect: DBConnect, database: Database
+) -> None:
+    tables = MetaData()
+    new = Table("made_by_lifespan", tables, Column("id", Integer, primary_key=True))
+    for _ in range(2):
+        async with (
+            database_lifespan(connect, create_tables=tables)(None),
+            new_non_ctx_session(connect) as session,
+        ):
+            await session.execute(new.insert())
+            await session.commit()
+    assert await database.fetch("SELECT count(*) FROM made_by_lifespan") == [(2,)]
+    await database.execute("DROP TABLE made_by_lifespan")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_tables_are_created_in_one_database(connect: DBConnect, number: int) -> None:
+    with pytest.raises(ValueError, match=f"needs one connect, not {number}"):
+        database_lifespan(*[connect] * number, create_tables=MetaData())
+
+
+@pytest.mark.parametrize(("options", "opened"), [({}, 3), ({"pool_size": 2}, 2)])
+async def test_connections_are_open_before_the_first_request(
+    database_url: URL, options: Any, opened: int
+) -> None:
+    connect = DBConnect.from_url(database_url, **options)
+    async with database_lifespan(connect, warm=3)(None):
+        assert connect.pool_status().checked_in == opened
+        assert connect.pool_status().checked_out == 0
+    assert connect.engine is None
+
+
+async def test_a_pool_that_keeps_no_connections_is_not_warmed(database_url: URL) -> None:
+    connect = DBConnect.from_url(database_url, poolclass=NullPool)
+    async with database_lifespan(connect, warm=3)(None):
+        assert connect.pool_status() == PoolStatus()
+
+
+async def test_an_application_does_not_start_if_its_connections_cannot_be_opened() -> None:
+    connect = DBConnect.from_url("postgresql://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(ConnectionRefusedError):
+        async with database_lifespan(connect, warm=1)(None):
+            pytest.fail("it has started")
+    assert connect.engine is None
+    with pytest.raises(ValueError, match="warm must be at least 0 connections, not -1"):
+        database_lifespan(connect, warm=-1)

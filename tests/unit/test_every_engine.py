@@ -24,13 +24,16 @@ from sqlalchemy.orm import Session
 
 from context_async_sqlalchemy import (
     DBConnect,
+    commit_db_session,
     db_session,
     new_db_session_ctx,
+    new_non_ctx_atomic_session,
     put_db_session_to_context,
     retry_on_transient_error,
 )
 from context_async_sqlalchemy.asgi_types import Scope
 from tests.helpers.asgi import app_of, call
+from tests.helpers.cancelling import cancel_at
 from tests.helpers.database import Database
 from tests.helpers.failures import ConflictError
 from tests.helpers.models import Base, Item, Seat
@@ -205,6 +208,81 @@ async def test_what_is_right_is_committed(url: URL, other: AsyncEngine, make: Ma
                     )
             await session.execute(insert(Item).values(name="b"))
         assert await names(other) == ["a", "b"]
+
+
+async def commit_at_the_end(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        await write_on_both_engines(connect)
+
+
+async def commit_by_hand(connect: DBConnect) -> None:
+    async with new_db_session_ctx():
+        await write_on_both_engines(connect)
+        await commit_db_session(connect)
+
+
+async def commit_outside_of_a_context(connect: DBConnect) -> None:
+    async with new_non_ctx_atomic_session(connect) as session:
+        await session.execute(insert(Item).values(name="a"))
+        session.add(Seat(number=1))
+
+
+@asynccontextmanager
+async def aclosing_engine(engine: AsyncEngine) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await engine.dispose()
+
+
+async def write_on_both_engines(connect: DBConnect) -> None:
+    session = await db_session(connect)
+    assert (await session.scalars(select(Item))).all() == []
+    session.add_all([Item(name="a"), Seat(number=1)])
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "anyio"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+@pytest.mark.parametrize("work", [commit_at_the_end, commit_by_hand, commit_outside_of_a_context])
+async def test_a_cancellation_does_not_commit_one_engine_of_a_session_without_the_other(
+    database_url: URL, database: Database, driver: str, work: Any, kind: str
+) -> None:
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    other = create_async_engine(url)
+    async with get_bind_of_a_session(url, other) as connect, aclosing_engine(other):
+        outcomes = await outcomes_of_cancelling(partial(work, connect), kind, database)
+    assert outcomes == {(0, 0), (1, 1)}
+
+
+async def test_nor_one_that_a_statement_has_named_without_that_of_the_session(
+    database_url: URL, database: Database
+) -> None:
+    other = create_async_engine(database_url)
+
+    async def work() -> None:
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            elsewhere = {"bind": other.sync_engine}
+            await session.execute(insert(ITEM).values(name="a"), bind_arguments=elsewhere)
+            session.add(Seat(number=1))
+
+    async with DBConnect.from_url(database_url) as connect, aclosing_engine(other):
+        outcomes = await outcomes_of_cancelling(work, "asyncio", database)
+    assert outcomes == {(0, 0), (1, 1)}
+
+
+async def outcomes_of_cancelling(work: Work, kind: str, database: Database) -> set[tuple[int, int]]:
+    """Cancel work at each of its suspensions; return how many items and seats there were."""
+    outcomes, number, suspensions = set(), 0, 0
+    while number <= suspensions:
+        number += 1
+        await database.empty()
+        await work()  # what was cancelled before has cost connections
+        await database.empty()
+        suspensions = await cancel_at(number, work(), kind, pause=0.01)
+        await database.is_quiet()
+        outcomes.add((len(await database.names()), len(await database.seats())))
+    return outcomes
 
 
 # Nothing that is partly committed is repeated.

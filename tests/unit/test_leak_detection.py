@@ -255,6 +255,34 @@ async def test_what_stands_between_is_not_taken_for_the_line(
     assert f"{__file__}:{ask.__code__.co_firstlineno + 1}." in log.warnings[0]
 
 
+@pytest.mark.parametrize("mode", [True, "snapshot"])
+async def test_a_read_only_session_is_watched_too_and_gives_its_connection_back_as_it_says(
+    connect: DBConnect, log: Log, mode: Any
+) -> None:
+    async with new_db_session_ctx():
+        session = await db_session(connect, read_only=mode)
+        line = sys._getframe().f_lineno - 1
+        await session.execute(text("SELECT 1"))
+        warning = await log.wait_for()
+        assert warning.startswith(repr(connect))
+        assert f"made at {__file__}:{line}." in warning
+        assert "await session.commit()" in warning
+        await session.commit()
+        assert connections_out(connect) == 0
+    await log.has_only("made at")
+
+
+async def test_a_request_that_reads_only_is_named(connect: DBConnect, log: Log) -> None:
+    async def handler(_: Scope) -> int:
+        await use(connect)
+        await log.wait_for()
+        return 200
+
+    await call(app_of(handler, read_only_methods={"GET"}), http_scope("/slow"))
+    await log.has_only("by the request GET '/slow'")
+    assert MADE_AT in log.warnings[0]
+
+
 async def in_a_gather(connect: DBConnect) -> AsyncSession:
     [session] = await asyncio.gather(db_session(connect))
     return session
@@ -445,7 +473,7 @@ def test_a_transaction_may_outlive_its_loop(
 async def test_nothing_is_listened_to_by_default(database_url: URL, database: Database) -> None:
     def listeners(session: AsyncSession) -> int:
         dispatch: Any = session.sync_session.dispatch
-        return sum(len(getattr(dispatch, name)) for name in dispatch._event_names)
+        return sum(len(getattr(dispatch, f"after_{name}")) for name in ("begin", "transaction_end"))
 
     counts = []
     for threshold in (None, THRESHOLD):
