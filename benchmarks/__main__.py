@@ -1,8 +1,8 @@
-"""Measure everything: `python -m benchmarks`, or `python -m benchmarks --quick`.
+"""Measure everything, or what is named: `python -m benchmarks cpu trips`.
 
-Uses its own PostgreSQL server (with fsync), or the one of BENCH_DATABASE_URL, which must allow 150
-connections. First checks that all contenders do the same work. The full run writes `results.json`;
-the quick one only prints.
+Uses its own PostgreSQL server (with fsync), or the one of BENCH_DATABASE_URL, which must allow 200
+connections. First checks that all contenders do the same work. Writes `results.json` after each
+measurement, so that an interrupted run leaves a part.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import asyncio
 import json
 import os
 import platform
-import sys
-from collections.abc import Generator
+import signal
+from argparse import ArgumentParser
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ PACKAGES = (
     "fastapi-async-sqlalchemy",
     "advanced-alchemy",
     "fastapi-sqla",
+    "uvloop",
 )
 
 
@@ -63,22 +65,28 @@ def database() -> Generator[str]:
         yield server.url
 
 
-async def measure(run: Run) -> None:
+MEASURES: dict[str, Callable[[Run], Awaitable[None] | None]] = {
+    "trips": wire.measure_trips,
+    "cpu": in_process.measure_time,
+    "distance": wire.measure_distance,
+    "throughput": served.measure_throughput,
+    "disturbed": served.measure_disturbance,
+    "memory": in_process.measure_memory,
+    "start": served.measure_start,
+    "uvloop": in_process.measure_uvloop,
+    "empty": layers.measure_empty_layers,
+    "layers": layers.measure_layers,
+}
+
+
+async def measure(run: Run, names: list[str], save: Callable[[], None]) -> None:
     async with wire.tables(run.url) as connection:
         if problems := await differences(run.url, connection):
             raise SystemExit("\n".join(problems))
-        await wire.measure_trips(run)
-        await wire.measure_distance(run)
-        async with in_process.all_apps(run) as apps:
-            await in_process.measure_time(run, apps)
-            await in_process.measure_memory(run, apps)
-        await layers.measure_layers(run)
-        await layers.measure_empty_layers(run)
-        await in_process.measure_connects(run)
-        await in_process.measure_calls(run)
-        served.measure_start(run)
-        served.measure_throughput(run)
-        served.measure_disturbance(run)
+        for name in names:
+            if (measuring := MEASURES[name](run)) is not None:
+                await measuring
+            save()
 
 
 def about(command: str, load: str) -> dict[str, Any]:
@@ -102,8 +110,15 @@ def about(command: str, load: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    is_quick = "--quick" in sys.argv
-    load = f"{os.getloadavg()[0]:.1f}"
+    parser = ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(MEASURES)}")
+    parser.add_argument("--share", type=float, default=1.0, help="of the rounds; default: 1")
+    parser.add_argument("--print", action="store_true", help="print only, as with names")
+    arguments = parser.parse_args()
+    names = arguments.names or list(MEASURES)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` interrupts it, too
+    share = "" if arguments.share == 1 else f" SHARE={arguments.share:g}"
+    results = about(f"make bench{share}", f"{os.getloadavg()[0]:.1f}")
     console = Console()
     for contender in CONTENDERS:
         if (obstacle := contender.obstacle()) is not None:
@@ -116,18 +131,24 @@ def main() -> None:
         TimeElapsedColumn(),
     ]
     with database() as url, Progress(*columns, console=console) as progress:
-        run = Run(url, is_quick, progress)
-        asyncio.run(measure(run))
-    results = about("make bench-quick" if is_quick else "make bench", load) | {
-        "figures": {
-            section.name: run.figures(section.name, section.floor_of) for section in SECTIONS
-        }
-    }
+        run = Run(url, arguments.share, progress)
+
+        def save() -> None:
+            results["figures"] = {
+                section.name: run.figures(section.name, section.floor_of)
+                for section in SECTIONS
+                if section.name in run.samples
+            }
+            if results["figures"] and not (arguments.print or arguments.names):
+                RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+        try:
+            asyncio.run(measure(run, names, save))
+        finally:
+            save()  # what there is, when it is interrupted
     for table in terminal_tables(results):
         console.print(table)
     console.print(reach_table(results))
-    if not is_quick:
-        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,10 @@ async def main(
         if isinstance(error, Exception)
     ]
     latencies = [(end - begin) * 1e3 for begin, end in finished if start <= end <= start + seconds]
-    quantiles = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else [0.0] * 99
+    if len(latencies) > 1:
+        quantiles = statistics.quantiles(latencies, n=100)
+    else:
+        quantiles = (latencies or [0.0]) * 99  # before Python 3.13, one value has no quantiles
     return {
         "throughput": len(latencies) / seconds,
         "p50": quantiles[49],

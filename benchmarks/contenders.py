@@ -1,37 +1,44 @@
-"""The contenders: how each gives a request its session, following its documentation."""
+"""The contenders: what each is, and what it can do."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-
-from benchmarks.frameworks import FRAMEWORKS, Framework, Handler, build_fastapi
-from benchmarks.work import RAW_STEPS, Step
-from context_async_sqlalchemy.asgi_types import ASGIApp
-
-OpenApp: TypeAlias = Callable[..., AbstractAsyncContextManager[ASGIApp]]
-"""Open the application for a database URL, with the options of its engine."""
+from benchmarks import applications
+from benchmarks.applications import VERSION_2, OpenApp
+from benchmarks.frameworks import FRAMEWORKS, Framework
+from benchmarks.work import ROUTES
 
 LIBRARY, FLOOR, LEAST, LIMIT = "this library", "by hand", "no error handling", "raw asyncpg"
-AUTOCOMMIT = ", AUTOCOMMIT"
+AUTOCOMMIT, SETTINGS = ", AUTOCOMMIT", ", two settings"
+READ_ONLY, IN_FLIGHT = f"{LIBRARY}, read-only", f"{LIBRARY}, BEGIN in the flight"
 
 
 class Contender(NamedTuple):
-    """A contender with a framework."""
+    """A contender with a framework.
+
+    Attributes:
+        framework: The name of the framework.
+        name: Its own name.
+        open_app: Opens its application.
+        differs: What is different about it, in Markdown.
+        package: What has to be installed for it.
+        option: The option of this library that it needs.
+        routes: What it can do. Default: everything.
+        around: How the calls begin that it sends before and after its work.
+    """
 
     framework: str
     name: str
     open_app: OpenApp
     differs: str
     package: str = ""
+    option: str = ""
+    routes: tuple[str, ...] = ROUTES
+    around: tuple[str, ...] = ("BEGIN", "COMMIT")
 
     @property
     def key(self) -> str:
@@ -40,8 +47,16 @@ class Contender(NamedTuple):
 
     def obstacle(self) -> str | None:
         """Return why it cannot take part here, or None."""
+        if self.name == VERSION_2.name and not VERSION_2.exists():
+            return f"only `make bench` installs it, in {VERSION_2.parent}"
         if self.package and find_spec(self.package) is None:
             return f"{self.package} is not installed: it does not go with these versions"
+        if self.option:
+            from context_async_sqlalchemy import ASGIHTTPDBSessionMiddleware, DBConnect
+
+            documented = f"{DBConnect.from_url.__doc__}{ASGIHTTPDBSessionMiddleware.__doc__}"
+            if self.option not in documented:
+                return f"this library has no {self.option}"
         if self.name.startswith("Depends"):
             import fastapi
 
@@ -50,225 +65,122 @@ class Contender(NamedTuple):
         return None
 
 
-@asynccontextmanager
-async def sessionmaker(url: str, options: Any) -> AsyncGenerator[async_sessionmaker[AsyncSession]]:
-    engine = create_async_engine(url, **options)
-    yield async_sessionmaker(engine, expire_on_commit=False)
-    await engine.dispose()
-
-
-async def do(steps: tuple[Step, ...], session: object) -> int:
-    return sum([await step(session) for step in steps])
-
-
-@asynccontextmanager
-async def this_library(framework: Framework, url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    from context_async_sqlalchemy import DBConnect, db_session
-
-    async def ask(step: Step) -> int:
-        return await step(await db_session(connect))
-
-    def make_handler(steps: tuple[Step, ...]) -> Handler:
-        async def handle() -> int:
-            return sum([await ask(step) for step in steps])
-
-        return handle
-
-    async with DBConnect.from_url(url, **options) as connect:
-        yield framework.add_library(framework.build(make_handler))
-
-
-@asynccontextmanager
-async def by_hand(framework: Framework, url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    def make_handler(steps: tuple[Step, ...]) -> Handler:
-        async def handle() -> int:
-            async with maker() as session, session.begin():
-                return await do(steps, session)
-
-        return handle
-
-    async with sessionmaker(url, options) as maker:
-        yield framework.build(make_handler)
-
-
-@asynccontextmanager
-async def careless(framework: Framework, url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    def make_handler(steps: tuple[Step, ...]) -> Handler:
-        async def handle() -> int:
-            session = maker()
-            answer = await do(steps, session)
-            await session.commit()
-            return answer
-
-        return handle
-
-    async with sessionmaker(url, options) as maker:
-        yield framework.build(make_handler)
-
-
-@asynccontextmanager
-async def by_asyncpg(framework: Framework, url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    import asyncpg
-
-    async def leave(_: object) -> None:
-        """Send nothing when a connection is returned: SQLAlchemy's pool does not either."""
-
-    def make_handler(steps: tuple[Step, ...]) -> Handler:
-        raw_steps = tuple(RAW_STEPS[step] for step in steps)
-
-        async def handle() -> int:
-            async with pool.acquire() as connection, connection.transaction():
-                return await do(raw_steps, connection)
-
-        return handle
-
-    dsn = url.replace("+asyncpg", "")
-    async with asyncpg.create_pool(
-        dsn, min_size=0, max_size=options["pool_size"], reset=leave
-    ) as pool:
-        yield framework.build(make_handler)
-
-
-@asynccontextmanager
-async def by_depends(scope: Any, url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    from fastapi import Depends
-
-    async def get_session() -> AsyncGenerator[AsyncSession]:
-        async with maker() as session, session.begin():
-            yield session
-
-    async with sessionmaker(url, options) as maker:
-        yield build_fastapi(partial(_with_parameter, Depends(get_session, scope=scope)))
-
-
-@asynccontextmanager
-async def by_fastapi_async_sqlalchemy(url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
-
-    middleware, db = create_middleware_and_session_proxy()
-
-    def make_handler(steps: tuple[Step, ...]) -> Handler:
-        async def child(step: Step) -> int:
-            return await step(db.session)
-
-        async def handle() -> int:
-            return sum([await child(step) for step in steps])
-
-        return handle
-
-    async with sessionmaker(url, options) as maker:
-        app = build_fastapi(make_handler)
-        app.add_middleware(middleware, custom_engine=maker.kw["bind"], commit_on_exit=True)
-        yield app
-
-
-@asynccontextmanager
-async def by_advanced_alchemy(url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    from advanced_alchemy.extensions.fastapi import (
-        AdvancedAlchemy,
-        AsyncSessionConfig,
-        SQLAlchemyAsyncConfig,
-    )
-    from fastapi import Depends
-
-    async with sessionmaker(url, options) as maker:
-        config = SQLAlchemyAsyncConfig(
-            engine_instance=maker.kw["bind"],
-            session_config=AsyncSessionConfig(expire_on_commit=False),
-            commit_mode="autocommit",
-        )
-        alchemy = AdvancedAlchemy(config)
-        app = build_fastapi(partial(_with_parameter, Depends(alchemy.provide_session())))
-        alchemy.init_app(app)
-        yield app
-
-
-@asynccontextmanager
-async def by_fastapi_sqla(url: str, **options: Any) -> AsyncGenerator[ASGIApp]:
-    # It is configured only by the environment.
-    settings = {f"sqlalchemy_{name}": str(value) for name, value in options.items()}
-    settings["sqlalchemy_url"] = url
-    os.environ.update(settings)
-    import fastapi_sqla
-    import structlog
-    from fastapi import Depends
-
-    quiet = structlog.make_filtering_bound_logger(logging.WARNING)
-    structlog.configure(wrapper_class=quiet)
-
-    app = build_fastapi(partial(_with_parameter, Depends(fastapi_sqla.AsyncSessionDependency())))
-    fastapi_sqla.setup_middlewares(app)
-    await fastapi_sqla.startup()
-    for name in settings:
-        del os.environ[name]
-    yield app
-    async with fastapi_sqla.open_async_session() as session:
-        engine = session.bind
-    await engine.dispose()
-
-
-def _with_parameter(dependency: Any, steps: tuple[Step, ...]) -> Handler:
-    async def handle(session: AsyncSession = dependency) -> int:
-        return await do(steps, session)
-
-    return handle
-
-
-def _autocommit(open_app: OpenApp) -> OpenApp:
-    return partial(open_app, isolation_level="AUTOCOMMIT")
-
-
 def _of_framework(name: str, framework: Framework) -> list[Contender]:
-    library, hand = partial(this_library, framework), partial(by_hand, framework)
+    library, hand = (
+        partial(applications.this_library, framework),
+        partial(applications.by_hand, framework),
+    )
     return [
         Contender(name, FLOOR, hand, "The floor: `async with maker() as s, s.begin()`."),
         Contender(name, LIBRARY, library, "Commits before the response starts."),
         Contender(
             name,
+            IN_FLIGHT,
+            partial(library, begin_with_first_statement=True),
+            "The same with `from_url(…, begin_with_first_statement=True)`.",
+            option="begin_with_first_statement",
+            around=("COMMIT",),
+        ),
+        Contender(
+            name,
             LEAST,
-            partial(careless, framework),
+            partial(applications.careless, framework),
             "Not for use: `maker()`, the statements and `commit()`, without error handling. This "
             "is the minimum with an `AsyncSession`.",
         ),
         Contender(
             name,
             LIMIT,
-            partial(by_asyncpg, framework),
+            partial(applications.by_asyncpg, framework),
             "The limit: no SQLAlchemy, the same SQL written out, and a pool that resets nothing.",
         ),
-        Contender(name, FLOOR + AUTOCOMMIT, _autocommit(hand), "Only for reads: no transaction."),
         Contender(
-            name, LIBRARY + AUTOCOMMIT, _autocommit(library), "Only for reads: no transaction."
+            name,
+            FLOOR + AUTOCOMMIT,
+            partial(hand, isolation_level="AUTOCOMMIT"),
+            "Only for reads: no transaction, on an engine and a pool of its own.",
+            routes=("select",),
+            around=(),
+        ),
+        Contender(
+            name,
+            READ_ONLY,
+            partial(library, middleware={"read_only_methods": {"GET"}}),
+            "Only for reads: no transaction, on the same pool (`read_only_methods`).",
+            option="read_only_methods",
+            routes=("select",),
+            around=(),
         ),
     ]
+
+
+def _with_settings(name: str, **options: Any) -> Contender:
+    return Contender(
+        "FastAPI",
+        name + SETTINGS,
+        partial(
+            applications.this_library,
+            FRAMEWORKS["FastAPI"],
+            transaction_settings=lambda: {"app.tenant": "1", "statement_timeout": "2s"},
+            **options,
+        ),
+        "Each transaction has a tenant and a timeout: `transaction_settings`.",
+        option=next(iter(options), ""),
+        routes=("insert",),
+        around=("COMMIT",) if options else ("BEGIN", "COMMIT"),
+    )
 
 
 CONTENDERS = [
     *(c for name, framework in FRAMEWORKS.items() for c in _of_framework(name, framework)),
     Contender(
         "FastAPI",
+        FLOOR + SETTINGS,
+        applications.with_settings_by_hand,
+        "Each transaction has a tenant and a timeout: one more statement, `set_config`.",
+        routes=("insert",),
+        around=("BEGIN", "SELECT set_config", "COMMIT"),
+    ),
+    Contender(
+        "FastAPI",
+        f"{LIBRARY}, watched",
+        partial(applications.this_library_watched, FRAMEWORKS["FastAPI"]),
+        "Each request is reported, with its route in a comment of each statement: "
+        "`ASGIRequestReportMiddleware`.",
+    ),
+    _with_settings(LIBRARY),
+    _with_settings(IN_FLIGHT, begin_with_first_statement=True),
+    Contender(
+        "FastAPI",
         "Depends, scope request",
-        partial(by_depends, "request"),
+        partial(applications.by_depends, "request"),
         "Commits after the response was sent; holds the connection until then.",
     ),
     Contender(
         "FastAPI",
         "Depends, scope function",
-        partial(by_depends, "function"),
+        partial(applications.by_depends, "function"),
         "Commits when the handler has returned, before the response; every layer passes the "
         "session on.",
     ),
     Contender(
         "FastAPI",
+        VERSION_2.name,
+        applications.by_version_2,
+        "The version before this one: commits before the response starts; with a "
+        "`BaseHTTPMiddleware`.",
+    ),
+    Contender(
+        "FastAPI",
         "fastapi-async-sqlalchemy",
-        by_fastapi_async_sqlalchemy,
+        applications.by_fastapi_async_sqlalchemy,
         "Commits before the response, which it holds back until the first part of the body.",
         "fastapi_async_sqlalchemy",
     ),
     Contender(
         "FastAPI",
         "advanced-alchemy",
-        by_advanced_alchemy,
+        applications.by_advanced_alchemy,
         "Commits after the response was sent, and only logs a failure (as debug); the session is "
         "provided by a sync dependency, which FastAPI runs in a thread.",
         "advanced_alchemy",
@@ -276,7 +188,7 @@ CONTENDERS = [
     Contender(
         "FastAPI",
         "fastapi-sqla",
-        by_fastapi_sqla,
+        applications.by_fastapi_sqla,
         "Commits before the response starts, then again at its end; the session is provided by a "
         "sync dependency, which FastAPI runs in a thread.",
         "fastapi_sqla",
@@ -285,10 +197,6 @@ CONTENDERS = [
 BY_KEY = {contender.key: contender for contender in CONTENDERS}
 
 
-def taking_part(*, autocommit: bool = False) -> list[Contender]:
-    """Return the contenders that can take part here, with or without the read-only ones."""
-    return [
-        c
-        for c in CONTENDERS
-        if c.obstacle() is None and (autocommit or not c.name.endswith(AUTOCOMMIT))
-    ]
+def taking_part(*, partly: bool = False) -> list[Contender]:
+    """Return the contenders that can take part here, with or without those for some routes only."""
+    return [c for c in CONTENDERS if c.obstacle() is None and (partly or "five" in c.routes)]

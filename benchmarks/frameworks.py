@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any, NamedTuple, TypeAlias
 
 from benchmarks import work
-from benchmarks.work import ROUTES, Step
+from benchmarks.work import STEPS, Step
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 
 Handler: TypeAlias = Callable[..., Awaitable[Any]]
@@ -24,7 +24,7 @@ class Framework(NamedTuple):
     """How to make an application from handlers, and how to add this library to it."""
 
     build: Callable[[MakeHandler], Any]
-    add_library: Callable[[Any], ASGIApp]
+    add_library: Callable[..., ASGIApp]
 
 
 async def nothing() -> int:
@@ -32,8 +32,8 @@ async def nothing() -> int:
 
 
 def build_asgi(make_handler: MakeHandler) -> ASGIApp:
-    select = make_handler(ROUTES["select"])
-    handlers = {f"/{name}": make_handler(steps) for name, steps in ROUTES.items()}
+    select = make_handler(STEPS["select"])
+    handlers = {f"/{name}": make_handler(steps) for name, steps in STEPS.items()}
     handlers |= {"/nothing": nothing, "/body": select, "/background": select}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,11 +68,11 @@ def build_starlette(make_handler: MakeHandler) -> Any:
     def plain(answer: int) -> Response:
         return PlainTextResponse(str(answer))
 
-    select = make_handler(ROUTES["select"])
+    select = make_handler(STEPS["select"])
     return Starlette(
         routes=[
             route("/nothing", nothing, plain),
-            *(route(f"/{name}", make_handler(steps), plain) for name, steps in ROUTES.items()),
+            *(route(f"/{name}", make_handler(steps), plain) for name, steps in STEPS.items()),
             route("/body", select, lambda _: StreamingResponse(work.body())),
             route(
                 "/background",
@@ -98,36 +98,36 @@ def build_fastapi(make_handler: MakeHandler) -> Any:
         return respond_to
 
     app = FastAPI()
-    select = make_handler(ROUTES["select"])
+    select = make_handler(STEPS["select"])
     stream = responding(select, lambda _: StreamingResponse(work.body()))
     background = responding(
         select, lambda answer: Response(str(answer), background=BackgroundTask(work.sleep))
     )
     app.add_api_route("/nothing", nothing)
-    for name, steps in ROUTES.items():
+    for name, steps in STEPS.items():
         app.add_api_route(f"/{name}", make_handler(steps))
     app.add_api_route("/body", stream, response_model=None)
     app.add_api_route("/background", background, response_model=None)
     return app
 
 
-def add_to_asgi(app: Any) -> ASGIApp:
+def add_to_asgi(app: Any, **options: Any) -> ASGIApp:
     from context_async_sqlalchemy import ASGIHTTPDBSessionMiddleware
 
-    return ASGIHTTPDBSessionMiddleware(app)
+    return ASGIHTTPDBSessionMiddleware(app, **options)
 
 
-def add_to_starlette(app: Any) -> ASGIApp:
+def add_to_starlette(app: Any, **options: Any) -> ASGIApp:
     from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
 
-    add_starlette_http_db_session_middleware(app)
+    add_starlette_http_db_session_middleware(app, **options)
     return app  # type: ignore[no-any-return]
 
 
-def add_to_fastapi(app: Any) -> ASGIApp:
+def add_to_fastapi(app: Any, **options: Any) -> ASGIApp:
     from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 
-    add_fastapi_http_db_session_middleware(app)
+    add_fastapi_http_db_session_middleware(app, **options)
     return app  # type: ignore[no-any-return]
 
 

@@ -1,33 +1,23 @@
-"""Measurements in this process: CPU and wall time of a request, memory, several databases."""
+"""Measurements in this process: the CPU time of a request, its memory, and uvloop."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
 import tracemalloc
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
 from benchmarks import work
-from benchmarks.contenders import AUTOCOMMIT, LEAST, LIMIT, Contender, sessionmaker, taking_part
-from benchmarks.frameworks import Handler, build_asgi
+from benchmarks.contenders import BY_KEY, FLOOR, LEAST, LIBRARY, LIMIT, Contender, taking_part
 from benchmarks.requests import measure, request
 from benchmarks.run import Run, rotated
-from benchmarks.work import read
-from context_async_sqlalchemy import (
-    ASGIHTTPDBSessionMiddleware,
-    DBConnect,
-    db_session,
-    new_db_session_ctx,
-)
+from benchmarks.work import ROUTES
 from context_async_sqlalchemy.asgi_types import ASGIApp
 
-ROUTES = ("nothing", "select", "insert", "five", "change")
 REQUESTS = {"nothing": 1_000}
 OTHER_REQUESTS = 60
 IN_FLIGHT = 500
@@ -35,39 +25,38 @@ POOL: Any = {"pool_size": 10, "max_overflow": 0}
 
 
 @asynccontextmanager
-async def all_apps(run: Run) -> AsyncGenerator[dict[Contender, ASGIApp]]:
+async def _all_apps(run: Run) -> AsyncGenerator[dict[Contender, ASGIApp]]:
     async with AsyncExitStack() as stack:
         apps = {
             contender: await stack.enter_async_context(contender.open_app(run.url, **POOL))
-            for contender in taking_part(autocommit=True)
+            for contender in taking_part(partly=True)
         }
         gc.freeze()  # the collection before each measurement skips them
         yield apps
         gc.unfreeze()
 
 
-async def measure_time(run: Run, apps: dict[Contender, ASGIApp]) -> None:
-    for route in ROUTES:
-        contenders = [c for c in apps if route == "select" or not c.name.endswith(AUTOCOMMIT)]
-        requests = REQUESTS.get(route, OTHER_REQUESTS) // (2 if run.is_quick else 1)
+async def measure_time(run: Run) -> None:
+    async with _all_apps(run) as apps:
+        for route in ROUTES:
+            contenders = [contender for contender in apps if route in contender.routes]
+            for contender in contenders:
+                await measure(apps[contender], f"/{route}", 20)
+            for number in run.rounds(f"in process: {route}", 15):
+                for contender in rotated(contenders, number):
+                    requests = REQUESTS.get(route, OTHER_REQUESTS)
+                    cpu, _ = await measure(apps[contender], f"/{route}", requests)
+                    run.add("cpu", contender.key, route, cpu)
+
+
+async def measure_memory(run: Run) -> None:
+    async with _all_apps(run) as apps:
+        contenders = [c for c in taking_part() if c.name not in (LIMIT, LEAST)]
         for contender in contenders:
-            await measure(apps[contender], f"/{route}", 20)
-        for number in run.rounds(f"in process: {route}", 15, 5):
+            await _memory_of(apps[contender])  # fills caches
+        for number in run.rounds("memory", 3):
             for contender in rotated(contenders, number):
-                cpu, wall = await measure(apps[contender], f"/{route}", requests)
-                run.add("cpu", contender.key, route, cpu)
-                run.add("wall", contender.key, route, wall)
-
-
-async def measure_memory(run: Run, apps: dict[Contender, ASGIApp]) -> None:
-    contenders = [
-        c for c in apps if c.name not in (LIMIT, LEAST) and not c.name.endswith(AUTOCOMMIT)
-    ]
-    for contender in contenders:
-        await _memory_of(apps[contender])  # fills caches
-    for number in run.rounds("memory", 3, 1):
-        for contender in rotated(contenders, number):
-            run.add("memory", contender.key, "in flight", await _memory_of(apps[contender]))
+                run.add("memory", contender.key, "in flight", await _memory_of(apps[contender]))
 
 
 async def _memory_of(app: ASGIApp) -> float:
@@ -86,63 +75,32 @@ async def _memory_of(app: ASGIApp) -> float:
     return taken / IN_FLIGHT / 1024
 
 
-async def measure_connects(run: Run) -> None:
-    """Measure requests that read from 1 to 8 databases, with one connect for each."""
-    for count in (1, 2, 4, 8):
-        async with AsyncExitStack() as stack:
-            enter = stack.enter_async_context
-            options: Any = {"pool_size": 1}
-            makers = [await enter(sessionmaker(run.url, options)) for _ in range(count)]
-            connects = [await enter(DBConnect.from_url(run.url, **options)) for _ in range(count)]
-            apps: dict[str, ASGIApp] = {
-                "ASGI: by hand": build_asgi(partial(_read_by_hand, makers)),
-                "ASGI: this library": ASGIHTTPDBSessionMiddleware(
-                    build_asgi(partial(_read_by_library, connects))
-                ),
-            }
-            for app in apps.values():
-                await measure(app, "/select", 10)
-            for number in run.rounds(f"databases in a request: {count}", 20, 4):
+async def measure_uvloop(run: Run) -> None:
+    """Measure requests on uvloop, and on asyncio's own loop in turns."""
+    if find_spec("uvloop") is not None:
+        await asyncio.to_thread(_measure_loops, run)  # where no loop is running
+
+
+def _measure_loops(run: Run) -> None:
+    import uvloop
+
+    contenders = [BY_KEY[f"FastAPI: {name}"] for name in (FLOOR, LIBRARY, LEAST)]
+    with ExitStack() as stack:
+        apps = {}
+        for suffix, factory in (("", None), (", uvloop", uvloop.new_event_loop)):
+            runner = stack.enter_context(asyncio.Runner(loop_factory=factory))
+            for contender in contenders:
+                opened = contender.open_app(run.url, **POOL)
+                app = runner.run(opened.__aenter__())
+                stack.callback(partial(_close, runner, opened))
+                apps[contender.key + suffix] = runner, app
+        for route in ("select", "insert"):
+            for number in run.rounds(f"uvloop: {route}", 15):
                 for key in rotated(list(apps), number):
-                    cpu, _ = await measure(apps[key], "/select", OTHER_REQUESTS // count)
-                    run.add("connects", key, str(count), cpu)
+                    runner, app = apps[key]
+                    cpu, _ = runner.run(measure(app, f"/{route}", OTHER_REQUESTS))
+                    run.add("uvloop", key, route, cpu)
 
 
-def _read_by_hand(makers: list[async_sessionmaker[AsyncSession]], _: object) -> Handler:
-    async def handle() -> int:
-        answer = 0
-        async with AsyncExitStack() as stack:
-            for maker in makers:
-                session = await stack.enter_async_context(maker())
-                await stack.enter_async_context(session.begin())
-                answer += await read(session)
-        return answer
-
-    return handle
-
-
-def _read_by_library(connects: list[DBConnect], _: object) -> Handler:
-    async def handle() -> int:
-        return sum([await read(await db_session(connect)) for connect in connects])
-
-    return handle
-
-
-async def measure_calls(run: Run) -> None:
-    """Measure `await db_session(connect)` when the session already exists."""
-
-    async def empty() -> None: ...
-
-    calls = 10_000
-    async with DBConnect.from_url(run.url) as connect, new_db_session_ctx():
-        await db_session(connect)
-        for _ in run.rounds("repeated db_session", 30, 10):
-            start = time.process_time()
-            for _ in range(calls):
-                await empty()
-            middle = time.process_time()
-            for _ in range(calls):
-                await db_session(connect)
-            end = time.process_time()
-            run.add("calls", "await of an empty coroutine", "call", (middle - start) / calls * 1e9)
-            run.add("calls", "await db_session(connect)", "call", (end - middle) / calls * 1e9)
+def _close(runner: asyncio.Runner, app: AbstractAsyncContextManager[ASGIApp]) -> None:
+    runner.run(app.__aexit__(None, None, None))

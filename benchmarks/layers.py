@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 
-from benchmarks.contenders import BY_KEY, FLOOR, LEAST, LIBRARY, LIMIT, do
+from benchmarks.applications import do
+from benchmarks.contenders import BY_KEY, FLOOR, LEAST, LIBRARY, LIMIT
 from benchmarks.frameworks import FRAMEWORKS, Handler, build_asgi
 from benchmarks.in_process import OTHER_REQUESTS, POOL, REQUESTS
 from benchmarks.requests import measure
@@ -118,7 +119,7 @@ async def _measure(
 ) -> None:
     for app in apps.values():
         await measure(app, f"/{route}", 20)
-    for number in run.rounds(f"{section}: {route}", 25, 5):
+    for number in run.rounds(f"{section}: {route}", 25):
         for key in rotated(list(apps), number):
             cpu, _ = await measure(apps[key], f"/{route}", requests)
             run.add(section, key, route, cpu)

@@ -1,4 +1,4 @@
-"""A bar chart as SVG, legible on light and dark pages, in the reader's fonts."""
+"""A bar chart as SVG, legible on light and dark pages and on a phone, in the reader's fonts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks.contenders import LIBRARY
 
-ROW, GAP, LEFT, WIDTH = 18, 26, 190, 430  # pixels
+ROW, GAP, LEFT, WIDTH, RIGHT = 18, 26, 190, 240, 50  # pixels
 _STYLE = """
 text { font: 12px sans-serif; fill: #333 } .title { font-weight: bold }
 .bar { fill: #9aa3ad } .library { fill: #2a7de1 }
@@ -16,15 +16,16 @@ line { stroke: #333 } .floor { stroke-dasharray: 4 3 }
 """
 
 
-def bar_chart(title: str, rows: dict[str, dict[str, Any]]) -> str:
+def bar_chart(title: str, rows: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Draw the ratios of a section, with a group of bars for each column.
 
     Args:
         title: The text above the bars.
         rows: The figures of each contender, by column.
+        columns: The columns.
     """
-    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
-    largest = max(f.get("high", 0) for figures in rows.values() for f in figures.values())
+    highs = [row[c].get("high", 0) for row in rows.values() for c in columns if c in row]
+    largest = max(highs, default=0)
     scale = WIDTH / max(min(largest, 2.0), 1.1)
     parts, y = [f'<text class="title" x="0" y="14">{escape(title)}</text>'], GAP
     for column in columns:
@@ -39,7 +40,7 @@ def bar_chart(title: str, rows: dict[str, dict[str, Any]]) -> str:
         parts.append(f'<line class="floor" x1="{floor:.0f}" x2="{floor:.0f}" y1="{top}" y2="{y}"/>')
         y += GAP - ROW
     content = "\n".join(parts)
-    size = f'width="{LEFT + WIDTH + 90}" height="{y}" viewBox="0 0 {LEFT + WIDTH + 90} {y}"'
+    size = f'width="{LEFT + WIDTH + RIGHT}" height="{y}" viewBox="0 0 {LEFT + WIDTH + RIGHT} {y}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{_STYLE}</style>'
     return f"{head}\n{content}\n</svg>\n"
 

@@ -1,4 +1,7 @@
-"""Write `docs/benchmarks.md` and its plots from `results.json`: `python -m benchmarks.report`."""
+"""Write the pages on benchmarks and their plots from `results.json`: `python -m benchmarks.report`.
+
+A file with a part of the results makes a part of the pages.
+"""
 
 from __future__ import annotations
 
@@ -6,104 +9,208 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, FLOOR
+from benchmarks.contenders import (
+    AUTOCOMMIT,
+    CONTENDERS,
+    FLOOR,
+    IN_FLIGHT,
+    LEAST,
+    LIBRARY,
+    LIMIT,
+    READ_ONLY,
+    SETTINGS,
+)
+from benchmarks.goals import RIVALS
 from benchmarks.plot import bar_chart
 from benchmarks.sections import SECTIONS, Section
-from benchmarks.tables import columns_of, goal_cells, goals, rows_of
+from benchmarks.tables import columns_of, measured, rows_of, short_cell
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
 COMMAND = "python -m benchmarks.report"
+HAND, OURS = f"FastAPI: {FLOOR}", f"FastAPI: {LIBRARY}"
 
-_INTRODUCTION = """\
+QUESTIONS = {  # a row of the page: its section and column
+    "CPU time, no database": ("cpu", "nothing"),
+    "CPU time, one SELECT": ("cpu", "select"),
+    "CPU time, one INSERT": ("cpu", "insert"),
+    "CPU time, five statements": ("cpu", "five"),
+    "CPU time, an object loaded, changed, flushed": ("cpu", "change"),
+    "Wall time, one SELECT, server 1 ms away": ("distance", "select"),
+    "Wall time, one INSERT, server 1 ms away": ("distance", "insert"),
+    "Round trips, one SELECT": ("trips", "select"),
+    "Round trips, one INSERT": ("trips", "insert"),
+    "99th percentile of the latency, 64 clients": ("p99", "64"),
+    "99th percentile of the latency, 256 clients": ("p99", "256"),
+    "Memory of a request in flight": ("memory", "in flight"),
+    "Start-up time": ("start", "until it listens"),
+}
+ANSWERS = {  # a column of the page
+    "by hand": HAND,
+    "this library": OURS,
+    "read-only": f"FastAPI: {READ_ONLY}",
+    "BEGIN in the flight": f"FastAPI: {IN_FLIGHT}",
+}
+
+_PAGE = """\
 # Benchmarks
 
-What a request costs with this library, with its alternatives, and without any of them. All run the
-same statements in the same run. `{command}` measures this and writes `benchmarks/results.json`;
-`{report}` makes this page and its plots from that file. `make bench-quick`
-measures less, and prints only.
+{plot}{lead}
 
-**How to read the figures.** A cell is the median of the rounds. In brackets is the median of its
-ratio to the floor *in the same round*, then the middle half of the rounds. The floor is
-`async with maker() as s, s.begin()`, written by hand in each handler, with the same framework. The
-contenders take turns, so whatever slows the machine slows all of them: the ratios carry over to
-other machines better than the absolute figures.
+## What it costs and saves
 
-The plots show the same ratios. The line through the end of each bar is the middle half of the
-rounds, and the dashed line is the floor.
+In brackets is the ratio to *by hand*. The last column has the other libraries and FastAPI's own
+`Depends`.
+
+{table}
+{legend}[Tables](benchmarks/tables.md) has the other frameworks and how each figure spreads.
+
+## How it is measured
+
+- All run the same statements with the same engine and pool, in turns, in one run: what slows the
+  machine slows all of them, so the ratios carry over to other machines better than the absolute
+  figures. A ratio is the median of the ratios within a round.
+- A test checks that every contender sends the same statements, commits the same rows and gives the
+  same answers. Some promise less: see [Contenders](benchmarks/tables.md#contenders).
+- `make bench` measures this and writes `benchmarks/results.json`; `{report}` makes
+  these pages from that file. These figures: `{command}`, {where}.
 """
 
+_PLOT = """\
+![{title}: × by hand]({path})
 
-_NOTES = """\
-Why some goals are not reached:
+A bar is the CPU time of one request with FastAPI: the shorter, the better. The dashed line is the
+same request *by hand*, `async with maker() as s, s.begin()` in each handler; the thin line at the
+end of a bar is the middle half of the rounds.
 
-- *No database*: [a `send` and a context variable](#what-a-request-without-a-session-is-made-of) are
-  part of the cost, because no middleware of this kind works without them. The rest goes into the
-  container of the sessions, the request it belongs to, and closing it. What share of the request
-  that is depends on the framework: a bare ASGI application takes less time itself.
-- *SELECT and INSERT*: [the parts of a request](#what-a-request-is-made-of) show that the least that
-  SQLAlchemy takes is already close to the goal, even without error handling. The rows below it show
-  what the engine of a connect, `close()`, a context and the middleware add.
-- *The best other library*, fastapi-async-sqlalchemy, settles once, at the end. This library checks
-  whether there is something to commit before the response, before the end of its body, and after
-  its background tasks. It refuses to commit while another task is inside a statement, or after a
-  statement has failed in PostgreSQL. It also refuses any use of the session afterwards.
-- *AUTOCOMMIT read*: on loopback a round trip is short, and most of the wall time is SQLAlchemy's
-  CPU time, which is the same for a read in a transaction. [With a server 1 ms
-  away](#wall-time-of-a-select-with-a-server-1-ms-away) this is different.
 """
+
+_TABLES = """\
+# Tables
+
+Every figure behind [Benchmarks](../benchmarks.md). A cell is the median of the rounds. In brackets
+is the median of its ratio to the floor *in the same round*, then the middle half of the rounds. The
+floor is `async with maker() as s, s.begin()`, with the same framework. In a plot, the line through
+the end of a bar is the middle half of the rounds, and the dashed line is the floor.
+"""
+
+_CONTENDERS = """\
+Each is a small application with the same routes, the same statements and an engine with the same
+pool. How they differ:
+"""
+
+_LEGENDS = {
+    READ_ONLY: "*Read-only* is `read_only_methods` of the middleware.\n\n",
+    IN_FLIGHT: "*BEGIN in the flight* is `begin_with_first_statement` of `from_url`.\n\n",
+}
 
 
 def render(results: Any) -> dict[str, str]:
     """Return the content of each file, by its path from the root of the repository."""
     files = {
-        _plot_of(section): bar_chart(
-            f"{section.title}: × {section.floor_column or FLOOR}", _with_fastapi(section, results)
+        f"docs/{_plot_of(section)}": bar_chart(
+            f"{section.title}: × {section.floor_column or FLOOR}",
+            _plotted(section, results),
+            section.plot,
         )
-        for section in SECTIONS
+        for section in measured(results)
         if section.plot
     }
-    parts = [
-        _INTRODUCTION.format(command=results["command"], report=COMMAND),
-        "## Machine and versions\n",
-        _table(
-            ["", ""], [[k, str(v)] for k, v in (results["machine"] | results["versions"]).items()]
+    cpu = SECTIONS[0]
+    versions = results["versions"]
+    packages = ("Python", "SQLAlchemy", "asyncpg", "fastapi")
+    page = _PAGE.format(
+        lead=_lead(results),
+        plot=_PLOT.format(title=cpu.title, path=_plot_of(cpu)) if cpu in measured(results) else "",
+        table=_questions(results),
+        legend="".join(
+            text for name, text in _LEGENDS.items() if _has(results, f"FastAPI: {name}")
         ),
+        report=COMMAND,
+        command=results["command"],
+        where=", ".join(f"{name} {versions[name]}" for name in packages),
+    )
+    parts = [
+        _TABLES,
+        "## Machine and versions\n",
+        _table(["", ""], [[k, str(v)] for k, v in (results["machine"] | versions).items()]),
         "## Contenders\n",
-        "Each contender is a small application with the same routes, the same statements and an "
-        "engine with the same pool. `tests/benchmarks/test_benchmarks.py` checks that all of "
-        "them send the same statements, commit the same rows and give the same answers. How they "
-        "differ:\n",
-        _table(["contender", "with", ""], _contenders()),
-        "## Goals\n",
-        _table(["", "goal", "measured", "reached"], [goal_cells(goal) for goal in goals(results)]),
-        _NOTES,
+        _CONTENDERS,
+        _table(["contender", "with", ""], _contenders(results)),
     ]
-    for section in SECTIONS:
+    for section in measured(results):
         parts += [f"## {section.title}\n", f"{section.text}\n"]
-        if section.plot:
-            path = _plot_of(section).removeprefix("docs/")
-            parts += [f"![{section.title}, FastAPI]({path})\n", f"Made by `{COMMAND}`.\n"]
-        heads = ["", *columns_of(section, results)]
-        parts.append(_table(heads, rows_of(section, results)))
-    return {"docs/benchmarks.md": "\n".join(parts), **files}
+        if section.plot and section is not cpu:
+            name = _plot_of(section).removeprefix("benchmarks/")
+            parts.append(f"![{section.title}, FastAPI]({name})\n")
+        parts.append(_table(["", *columns_of(section, results)], rows_of(section, results)))
+    return {"docs/benchmarks.md": page, "docs/benchmarks/tables.md": "\n".join(parts), **files}
 
 
-def _contenders() -> list[list[str]]:
+def _lead(results: Any) -> str:
+    def ratio(key: str, column: str) -> str:
+        figure = _figure(results, "cpu", key, column)
+        return f"{figure['ratio']:.2f} ×" if figure is not None else "(not measured)"
+
+    lead = (
+        f"A request with one INSERT takes **{ratio(OURS, 'insert')}** the CPU time of the same "
+        f"request written by hand, one with a SELECT {ratio(OURS, 'select')}"
+    )
+    if _has(results, f"FastAPI: {READ_ONLY}"):
+        lead += f", and a read-only one {ratio(f'FastAPI: {READ_ONLY}', 'select')}"
+    if rivals := _range(results, "cpu", "insert"):
+        lead += f"; with other libraries an INSERT takes {rivals} ×"
+    return lead + "."
+
+
+def _questions(results: Any) -> str:
+    keys = {name: key for name, key in ANSWERS.items() if _has(results, key)}
+    units = {section.name: section.unit for section in SECTIONS}
+    rows = []
+    for question, (section, column) in QUESTIONS.items():
+        figures = [_figure(results, section, key, column) for key in keys.values()]
+        cells = [
+            short_cell(figure, units[section]).replace(" (1.00)", "") for figure in figures[:1]
+        ]
+        cells += [short_cell(figure, units[section]) for figure in figures[1:]]
+        if any(cells):
+            rows.append([question, *cells, _range(results, section, column)])
+    return _table(["", *keys, "others"], rows)
+
+
+def _range(results: Any, section: str, column: str) -> str:
+    figures = [_figure(results, section, key, column) for key in RIVALS]
+    ratios = [figure["ratio"] for figure in figures if figure is not None and "ratio" in figure]
+    return " to ".join(dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max) if ratios))
+
+
+def _figure(results: Any, section: str, key: str, column: str) -> Any:
+    return results["figures"].get(section, {}).get(key, {}).get(column)
+
+
+def _has(results: Any, key: str) -> bool:
+    return any(key in rows for rows in results["figures"].values())
+
+
+def _contenders(results: Any) -> list[list[str]]:
     with_frameworks: dict[tuple[str, str], list[str]] = {}
     for contender in CONTENDERS:
         key = contender.name, contender.differs
-        with_frameworks.setdefault(key, []).append(contender.framework)
+        if _has(results, contender.key):
+            with_frameworks.setdefault(key, []).append(contender.framework)
     return [[name, ", ".join(f), differs] for (name, differs), f in with_frameworks.items()]
 
 
 def _plot_of(section: Section) -> str:
-    return f"docs/benchmarks/{section.name}.svg"
+    return f"benchmarks/{section.name}.svg"
 
 
-def _with_fastapi(section: Section, results: Any) -> dict[str, Any]:
-    rows = results["figures"][section.name].items()
-    return {key.removeprefix("FastAPI: "): f for key, f in rows if key.startswith("FastAPI")}
+def _plotted(section: Section, results: Any) -> dict[str, Any]:
+    return {
+        key.removeprefix("FastAPI: "): figures
+        for key, figures in results["figures"][section.name].items()
+        if key.startswith("FastAPI") and not key.endswith((LEAST, LIMIT, SETTINGS, AUTOCOMMIT))
+    }
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

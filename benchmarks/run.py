@@ -18,19 +18,20 @@ class Run:
 
     Args:
         url: The URL of the database.
-        is_quick: Whether to measure less.
+        share: How much to measure, as a share of the rounds of a full run.
         progress: Shows the rounds.
     """
 
-    def __init__(self, url: str, is_quick: bool, progress: Progress) -> None:
+    def __init__(self, url: str, share: float, progress: Progress) -> None:
         self.url = url
-        self.is_quick = is_quick
+        self.share = share
+        self.seconds = 1.0 if share >= 0.5 else 0.3  # that a server is kept busy in a round
         self.samples: dict[str, Samples] = {}
         self._progress = progress
 
-    def rounds(self, title: str, full: int, quick: int) -> Iterator[int]:
+    def rounds(self, title: str, full: int, *, always: bool = False) -> Iterator[int]:
         """Yield the numbers of the rounds of a measurement."""
-        total = quick if self.is_quick else full
+        total = full if always else max(round(full * self.share), 1)
         yield from self._progress.track(range(total), description=title, total=total)
 
     def add(self, section: str, key: str, column: str, value: float) -> None:

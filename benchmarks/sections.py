@@ -15,7 +15,7 @@ class Section(NamedTuple):
         title: The heading of its table.
         unit: The unit of its values.
         text: What it shows, in Markdown.
-        plot: Whether it has a plot, of the ratios with FastAPI.
+        plot: The columns of its plot, of the ratios with FastAPI. Default: it has none.
         floor_column: The column with which a contender's other columns are compared. Default None:
             each is compared with the same column of the floor.
     """
@@ -24,15 +24,13 @@ class Section(NamedTuple):
     title: str
     unit: str
     text: str
-    plot: bool = False
+    plot: tuple[str, ...] = ()
     floor_column: str | None = None
 
     def floor_of(self, key: str, column: str) -> tuple[str, str]:
         """Return the contender and column that a figure is compared with."""
         if self.floor_column is not None:
             return key, self.floor_column
-        if self.name == "calls":
-            return "await of an empty coroutine", column
         return f"{key.partition(':')[0]}: {FLOOR}", column
 
 
@@ -48,9 +46,8 @@ SECTIONS = [
         "µs",
         f"In process, without a server, one request after the other. {_ROUTES} The CPU time is "
         "that of the Python process, without PostgreSQL's.",
-        plot=True,
+        plot=("select", "insert"),
     ),
-    Section("wall", "Wall time of a request", "µs", "The same requests, PostgreSQL included."),
     Section(
         "layers",
         "What a request is made of",
@@ -72,11 +69,10 @@ SECTIONS = [
     ),
     Section(
         "distance",
-        "Wall time of a SELECT with a server 1 ms away",
+        "Wall time of a request with a server 1 ms away",
         "µs",
         "Each round trip goes through a proxy that delays it by 1 ms, as a network would. On "
-        "loopback, CPU time hides what it is worth to save round trips: a read with AUTOCOMMIT "
-        "takes one instead of three.",
+        "loopback, CPU time hides what it is worth to save round trips.",
     ),
     Section(
         "trips",
@@ -91,10 +87,16 @@ SECTIONS = [
         "Served by uvicorn (asyncio, httptools) in one process, with a pool of 10 connections; "
         "each request is one INSERT. The columns are numbers of concurrent clients. Server, client "
         "and PostgreSQL share the cores.",
-        plot=True,
+        plot=("1", "64", "256"),
     ),
     Section("p50", "Median latency", "ms", "Of the same requests."),
-    Section("p99", "99th percentile of the latency", "ms", "Of the same requests.", plot=True),
+    Section(
+        "p99",
+        "99th percentile of the latency",
+        "ms",
+        "Of the same requests.",
+        plot=("1", "64", "256"),
+    ),
     Section(
         "disturbed",
         "Quick requests while others are slow",
@@ -104,14 +106,15 @@ SECTIONS = [
         "then while 50 background tasks of such requests sleep. The ratio compares each contender "
         "with itself undisturbed. By hand, the handler gives its connection back before the body "
         "starts; a contender that keeps it until the end has no connection left.",
-        plot=True,
+        plot=("slow readers", "background tasks"),
         floor_column="undisturbed",
     ),
     Section(
-        "connects",
-        "Several databases in a request",
+        "uvloop",
+        "On uvloop",
         "µs",
-        "CPU time of a request that reads from 1 to 8 databases, each with its own connect.",
+        "CPU time of the same requests, on asyncio's own loop and on uvloop. The floor is by hand, "
+        "on asyncio's own.",
     ),
     Section(
         "memory",
@@ -126,11 +129,5 @@ SECTIONS = [
         "ms",
         "From the start of the process until uvicorn listens, imports included. fastapi-sqla "
         "connects to the database during the start, the others at the first request.",
-    ),
-    Section(
-        "calls",
-        "Asking for the session again",
-        "ns",
-        "CPU time of `await db_session(connect)` when the request already has its session.",
     ),
 ]

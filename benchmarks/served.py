@@ -16,7 +16,7 @@ from benchmarks.contenders import FLOOR, LEAST, LIBRARY, LIMIT, Contender, takin
 from benchmarks.run import Run, rotated
 
 ROOT = Path(__file__).parents[1]
-CONCURRENCY = (1, 8, 64, 256)
+CONCURRENCY = (1, 64, 256)
 DISTURBANCES = {"undisturbed": None, "slow readers": "/body", "background tasks": "/background"}
 QUICK_CLIENTS = 4
 _OF_ASGI = (f"ASGI: {FLOOR}", f"ASGI: {LIBRARY}")
@@ -54,15 +54,14 @@ def load(port: int, path: str, clients: int, seconds: float, **disturbance: Any)
 
 def measure_throughput(run: Run) -> None:
     keys = _keys(lambda c: c.framework == "FastAPI" or c.key in _OF_ASGI)
-    seconds = 0.3 if run.is_quick else 1.0
     with ExitStack() as stack:
         ports = {key: stack.enter_context(server(key, run.url, 10)) for key in keys}
         for port in ports.values():
             load(port, "/insert", 8, 0.3)
-        for concurrency in (8, 64) if run.is_quick else CONCURRENCY:
-            for number in run.rounds(f"served: {concurrency} clients", 3, 1):
+        for concurrency in CONCURRENCY:
+            for number in run.rounds(f"served: {concurrency} clients", 5):
                 for key in rotated(keys, number):
-                    seen = load(ports[key], "/insert", concurrency, seconds)
+                    seen = load(ports[key], "/insert", concurrency, run.seconds)
                     for section in ("throughput", "p50", "p99"):
                         run.add(section, key, str(concurrency), seen[section])
 
@@ -70,23 +69,22 @@ def measure_throughput(run: Run) -> None:
 def measure_disturbance(run: Run) -> None:
     """Measure fast requests while others are slow without needing a connection."""
     keys = _keys(lambda c: (c.framework == "FastAPI" and c.name != LIMIT) or c.name == LIBRARY)
-    seconds, settling = (0.3, 0.5) if run.is_quick else (1.0, 1.0)
     with ExitStack() as stack:
         ports = {key: stack.enter_context(server(key, run.url, 5)) for key in keys}
         for port in ports.values():
             load(port, "/select", QUICK_CLIENTS, 0.3)
-        for number in run.rounds("served: slow readers, background tasks", 2, 1):
+        for number in run.rounds("served: slow readers, background tasks", 2):
             # All contenders with one disturbance, then all with the next: by then it has ended.
             for name, path in DISTURBANCES.items():
                 for key in rotated(keys, number):
-                    disturbance = {"disturbing": path, "settling": settling}
-                    seen = load(ports[key], "/select", QUICK_CLIENTS, seconds, **disturbance)
+                    disturbance = {"disturbing": path, "settling": run.seconds}
+                    seen = load(ports[key], "/select", QUICK_CLIENTS, run.seconds, **disturbance)
                     run.add("disturbed", key, name, seen["throughput"])
 
 
 def measure_start(run: Run) -> None:
     keys = _keys(lambda _: True)
-    for number in run.rounds("start", 3, 1):
+    for number in run.rounds("start", 3):
         for key in rotated(keys, number):
             start = time.perf_counter()
             with server(key, run.url, 10):

@@ -1,29 +1,19 @@
-"""The results as tables, and the goals."""
+"""The results as tables."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 
-from benchmarks.contenders import AUTOCOMMIT, CONTENDERS, LIBRARY
+from benchmarks.contenders import LIBRARY
+from benchmarks.goals import goals
 from benchmarks.sections import SECTIONS, Section
 
-FRAMEWORKS = ("ASGI", "Starlette", "FastAPI")
-OTHERS = [contender.key for contender in CONTENDERS if contender.package]
 
-
-class Goal(NamedTuple):
-    """A figure and its goal."""
-
-    what: str
-    limit: float
-    measured: float
-    at_least: bool = False
-
-    @property
-    def is_reached(self) -> bool:
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+def measured(results: Any) -> list[Section]:
+    """Return the sections of which there are figures."""
+    return [section for section in SECTIONS if section.name in results["figures"]]
 
 
 def columns_of(section: Section, results: Any) -> list[str]:
@@ -43,7 +33,7 @@ def rows_of(section: Section, results: Any) -> list[list[str]]:
 def terminal_tables(results: Any) -> list[Table]:
     """Return a table for each section."""
     tables = []
-    for section in SECTIONS:
+    for section in measured(results):
         table = Table(title=section.title, title_justify="left")
         table.add_column("")
         for column in columns_of(section, results):
@@ -56,89 +46,27 @@ def terminal_tables(results: Any) -> list[Table]:
 
 def reach_table(results: Any) -> Table:
     """Return a table of the goals."""
-    table = Table(title="Reach", title_justify="left")
-    for column in ("", "goal", "measured", "reached"):
+    table = Table(title="Goals (× by hand, if nothing else is said)", title_justify="left")
+    for column in ("", "goal", "measured"):
         table.add_column(column)
     for goal in goals(results):
+        sign = "≥" if goal.at_least else "≤"
         style = None if goal.is_reached else "red"
-        table.add_row(*goal_cells(goal), style=style)
+        table.add_row(goal.what, f"{sign} {goal.limit:g}", f"{goal.measured:g}", style=style)
     return table
 
 
-def goal_cells(goal: Goal) -> list[str]:
-    sign = "≥" if goal.at_least else "≤"
-    reached = "yes" if goal.is_reached else "no"
-    return [goal.what, f"{sign} {goal.limit:g}", f"{goal.measured:g}", reached]
-
-
-def goals(results: Any) -> list[Goal]:
-    """Return every goal with what was measured."""
-    figures = results["figures"]
-
-    def ratio(section: str, framework: str, column: str, suffix: str = "") -> float:
-        value: float = figures[section][f"{framework}: {LIBRARY}{suffix}"][column]["ratio"]
-        return value
-
-    found = []
-    for framework in FRAMEWORKS:
-        found.append(
-            Goal(
-                f"no database, CPU: × the bare app ({framework})",
-                1.2,
-                ratio("cpu", framework, "nothing"),
-            )
-        )
-        found += [
-            Goal(f"{name}, CPU: × by hand ({framework})", 0.9, ratio("cpu", framework, route))
-            for name, route in (("SELECT", "select"), ("INSERT", "insert"))
-        ]
-        found.append(
-            Goal(
-                f"AUTOCOMMIT read, wall: × by hand ({framework})",
-                0.55,
-                ratio("wall", framework, "select", AUTOCOMMIT),
-            )
-        )
-        found += [
-            Goal(
-                f"{column}: × undisturbed ({framework})",
-                0.9,
-                ratio("disturbed", framework, column),
-                at_least=True,
-            )
-            for column in ("slow readers", "background tasks")
-        ]
-    for route in ("select", "insert"):
-        best = min(figures["cpu"][key][route]["ratio"] for key in OTHERS)
-        found.append(
-            Goal(
-                f"{route.upper()}, CPU: × by hand, no more than the best other library",
-                best,
-                ratio("cpu", "FastAPI", route),
-            )
-        )
-    trips = figures["trips"]
-    library = f"FastAPI: {LIBRARY}"
-    found += [
-        Goal("INSERT, round trips", 3, trips[library]["insert"]["value"]),
-        Goal(
-            "pre-ping on a hot connection, extra round trips",
-            0,
-            trips[f"{library}, pool_pre_ping"]["insert"]["value"]
-            - trips[library]["insert"]["value"],
-        ),
-        Goal("AUTOCOMMIT read, round trips", 1, trips[library + AUTOCOMMIT]["select"]["value"]),
-    ]
-    return found
-
-
-def _cell(figure: Any, unit: str) -> str:
+def short_cell(figure: Any, unit: str) -> str:
+    """Return a figure as text, with its ratio to the floor."""
     if figure is None:
         return ""
     value = f"{figure['value']:,.4g}" if figure["value"] < 1000 else f"{figure['value']:,.0f}"
     absolute = f"{value} {unit}".strip()
-    if "ratio" not in figure or "low" not in figure:
-        return absolute
-    if figure["ratio"] == figure["low"] == figure["high"]:
-        return f"{absolute} ({figure['ratio']:.2f})"
-    return f"{absolute} ({figure['ratio']:.2f}; {figure['low']:.2f} to {figure['high']:.2f})"
+    return f"{absolute} ({figure['ratio']:.2f})" if "ratio" in figure else absolute
+
+
+def _cell(figure: Any, unit: str) -> str:
+    cell = short_cell(figure, unit)
+    if not cell.endswith(")") or figure["ratio"] == figure["low"] == figure["high"]:
+        return cell
+    return f"{cell[:-1]}; {figure['low']:.2f} to {figure['high']:.2f})"

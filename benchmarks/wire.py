@@ -10,16 +10,15 @@ from typing import Any
 import asyncpg
 from sqlalchemy import make_url
 
-from benchmarks.contenders import AUTOCOMMIT, BY_KEY, LEAST, Contender, taking_part
+from benchmarks.contenders import BY_KEY, LEAST, Contender, taking_part
 from benchmarks.requests import measure, request
 from benchmarks.run import Run, rotated
-from benchmarks.work import CREATE, DROP
+from benchmarks.work import CREATE, DROP, ROUTES
 from context_async_sqlalchemy.asgi_types import ASGIApp
 from tests.helpers.proxy import Call, Fault, proxy
 
 WARM_UP = 3
-ROUTES = ("nothing", "select", "insert", "five", "change")
-_ENDS = ("BEGIN", "COMMIT", "ROLLBACK")
+_ENDS = ("BEGIN", "COMMIT", "ROLLBACK", "SELECT set_config")
 
 
 @asynccontextmanager
@@ -72,35 +71,37 @@ async def calls_of(app: ASGIApp, seen: list[str], path: str) -> list[str]:
 
 
 def work_of(calls: list[str]) -> list[str]:
-    """Return the calls that neither begin nor end a transaction."""
+    """Return the calls that neither begin, nor set up, nor end a transaction."""
     return [call for call in calls if not call.startswith(_ENDS)]
 
 
 async def measure_trips(run: Run) -> None:
     """Count the round trips of a request on a warm connection, for each contender."""
     rows: list[tuple[str, Contender, dict[str, Any]]]
-    rows = [(c.key, c, {}) for c in taking_part(autocommit=True)]
+    rows = [(c.key, c, {}) for c in taking_part(partly=True)]
     for key in ("FastAPI: by hand", "FastAPI: this library"):
         rows.append((f"{key}, pool_pre_ping", BY_KEY[key], {"pool_pre_ping": True}))
-    for number in run.rounds("round trips", len(rows), len(rows)):
+    for number in run.rounds("round trips", len(rows), always=True):
         key, contender, options = rows[number]
-        routes = ["select"] if contender.name.endswith(AUTOCOMMIT) else ROUTES
         async with watched(contender, run.url, **options) as (app, seen):
-            for route in routes:
-                run.add("trips", key, route, len(await calls_of(app, seen, f"/{route}")))
+            for route in ROUTES:
+                if route in contender.routes:
+                    run.add("trips", key, route, len(await calls_of(app, seen, f"/{route}")))
 
 
 async def measure_distance(run: Run) -> None:
-    """Measure a SELECT on a server that is 1 ms away."""
+    """Measure requests to a server that is 1 ms away."""
     async with AsyncExitStack() as stack:
         apps = {}
-        for contender in taking_part(autocommit=True):
+        for contender in taking_part(partly=True):
             if contender.framework == "FastAPI" and contender.name != LEAST:
                 near = watched(contender, run.url, seconds=0.001)
-                apps[contender.key], _ = await stack.enter_async_context(near)
-        for app in apps.values():
-            await measure(app, "/select", 10)
-        for number in run.rounds("a server 1 ms away", 15, 3):
-            for key in rotated(list(apps), number):
-                _, wall = await measure(apps[key], "/select", 10)
-                run.add("distance", key, "select", wall)
+                apps[contender], _ = await stack.enter_async_context(near)
+        for route in ROUTES[1:]:
+            able = [contender for contender in apps if route in contender.routes]
+            for contender in able:
+                await measure(apps[contender], f"/{route}", 10)
+            for number in run.rounds(f"a server 1 ms away: {route}", 10):
+                for contender in rotated(able, number):
+                    _, wall = await measure(apps[contender], f"/{route}", 10)
+                    run.add("distance", contender.key, route, wall)

@@ -87,7 +87,7 @@ async def wait(_: object) -> int:
     return 0
 
 
-ROUTES: dict[str, tuple[Step, ...]] = {
+STEPS: dict[str, tuple[Step, ...]] = {
     "select": (read,),
     "insert": (write,),
     "five": (read_and_write, read_and_write, read),
@@ -95,6 +95,9 @@ ROUTES: dict[str, tuple[Step, ...]] = {
     "wait": (wait,),
 }
 """What each route does with its session: one after the other, in coroutines of their own."""
+
+ROUTES = ("nothing", "select", "insert", "five", "change")
+"""The routes that are measured: all but the one that only waits."""
 
 
 # The statements that SQLAlchemy sends for them.
