@@ -1,0 +1,1 @@
+"""A library: its books, and who has them."""

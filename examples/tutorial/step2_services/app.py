@@ -1,0 +1,51 @@
+"""The library over HTTP: what clients send, and what they are told."""
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
+
+from . import services
+from .database import connect
+from .models import Base, Book
+
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
+add_fastapi_http_db_session_middleware(app)
+
+
+class NewBook(BaseModel):
+    isbn: str
+    title: str
+
+
+class StoredBook(NewBook, from_attributes=True):
+    times_lent: int
+
+
+@app.exception_handler(services.NotFoundError)
+async def not_found(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=404)
+
+
+@app.post("/books", status_code=201)
+async def add_book(book: NewBook) -> None:
+    await services.add_book(book.isbn, book.title)
+
+
+@app.get("/books", response_model=list[StoredBook])
+async def list_books() -> list[Book]:
+    return await services.list_books()
+
+
+@app.post("/books/{isbn}/loan", status_code=201)
+async def lend(isbn: str, reader: str) -> None:
+    await services.lend(isbn, reader)
+
+
+@app.delete("/books/{isbn}/loan", status_code=204)
+async def take_back(isbn: str) -> None:
+    await services.take_back(isbn)
