@@ -21,7 +21,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-app.add_middleware(SQLAlchemyMiddleware, db_url=DATABASE_URL, commit_on_exit=True)
+app.add_middleware(
+    SQLAlchemyMiddleware, db_url=DATABASE_URL, commit_on_exit=True
+)
 
 
 async def note(text: str) -> None:

@@ -1,31 +1,26 @@
 """The library after the move: no function passes a session on, or commits a whole request."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError
 
-from context_async_sqlalchemy import DBConnect, commit_db_session, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import (
+    DBConnect,
+    commit_db_session,
+    db_session,
+)
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 from examples.moving.models import Base, Entry, Loan
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///library.db")
 connect = DBConnect.from_url(DATABASE_URL)
 
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 

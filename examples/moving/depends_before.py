@@ -7,7 +7,11 @@ from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 
 from examples.moving.models import Base, Entry, Loan
 
@@ -54,7 +58,9 @@ async def borrow(book: str, reader: str, session: Session) -> None:
 
 
 @app.delete("/loans/{book}", status_code=204)
-async def give_back(book: str, session: Session, background: BackgroundTasks) -> None:
+async def give_back(
+    book: str, session: Session, background: BackgroundTasks
+) -> None:
     loan = await session.get(Loan, book)
     if loan is None:
         await note(session, f"nobody had {book}")

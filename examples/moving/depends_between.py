@@ -1,35 +1,28 @@
 """The library during the move: its endpoints take their session as before, a service does not."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, new_non_ctx_session
+from context_async_sqlalchemy import (
+    DBConnect,
+    db_session,
+    new_non_ctx_session,
+)
 from context_async_sqlalchemy.fastapi_utils import (
     DBSessionDependency,
     add_fastapi_http_db_session_middleware,
+    database_lifespan,
 )
 from examples.moving.models import Base, Entry, Loan
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///library.db")
 connect = DBConnect.from_url(DATABASE_URL)
 
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 get_session = DBSessionDependency(connect)
@@ -56,7 +49,9 @@ async def borrow(book: str, reader: str, session: Session) -> None:
 
 
 @app.delete("/loans/{book}", status_code=204)
-async def give_back(book: str, session: Session, background: BackgroundTasks) -> None:
+async def give_back(
+    book: str, session: Session, background: BackgroundTasks
+) -> None:
     loan = await session.get(Loan, book)
     if loan is None:
         await note(f"nobody had {book}")

@@ -24,9 +24,17 @@ from examples.moving.models import Base, Entry
 __all__ = ["shared_session"]
 
 
-@pytest.fixture(params=[depends_between, depends_after], ids=["between", "after"])
-def library(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'library.db'}")
+@pytest.fixture(
+    params=[depends_between, depends_after], ids=["between", "after"]
+)
+def library(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    monkeypatch.setenv(
+        "DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'library.db'}"
+    )
     return reload(request.param)
 
 
@@ -37,19 +45,29 @@ def db_connect(library: Any) -> DBConnect:
 
 
 @pytest_asyncio.fixture
-async def client(library: Any, shared_session: AsyncSession) -> AsyncGenerator[httpx.AsyncClient]:
+async def client(
+    library: Any, shared_session: AsyncSession
+) -> AsyncGenerator[httpx.AsyncClient]:
     await (await shared_session.connection()).run_sync(Base.metadata.create_all)
     await shared_session.commit()
     transport = httpx.ASGITransport(app=library.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test"
+    ) as client:
         yield client
 
 
-async def test_a_loan_is_noted(client: httpx.AsyncClient, shared_session: AsyncSession) -> None:
+async def test_a_loan_is_noted(
+    client: httpx.AsyncClient, shared_session: AsyncSession
+) -> None:
     assert (await client.post("/loans/Emma/ann")).status_code == 201
-    assert list(await shared_session.scalars(select(Entry.text))) == ["ann takes Emma"]
+    assert list(await shared_session.scalars(select(Entry.text))) == [
+        "ann takes Emma"
+    ]
     assert (await client.delete("/loans/Emma")).status_code == 204
-    assert list(await shared_session.scalars(select(Entry.text).order_by(Entry.id))) == [
+    assert list(
+        await shared_session.scalars(select(Entry.text).order_by(Entry.id))
+    ) == [
         "ann takes Emma",
         "thank you, ann",
     ]

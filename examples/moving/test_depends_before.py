@@ -19,7 +19,9 @@ from examples.moving.models import Base, Entry
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'library.db'}")
+    monkeypatch.setenv(
+        "DATABASE_URL", f"sqlite+aiosqlite:///{tmp_path / 'library.db'}"
+    )
     return reload(depends_before)
 
 
@@ -28,7 +30,9 @@ async def session(library: Any) -> AsyncGenerator[AsyncSession]:
     async with library.engine.connect() as connection:
         await connection.run_sync(Base.metadata.create_all)
         async with AsyncSession(
-            connection, join_transaction_mode="create_savepoint", expire_on_commit=False
+            connection,
+            join_transaction_mode="create_savepoint",
+            expire_on_commit=False,
         ) as session:
             yield session
         await connection.rollback()
@@ -36,13 +40,19 @@ async def session(library: Any) -> AsyncGenerator[AsyncSession]:
 
 
 @pytest_asyncio.fixture
-async def client(library: Any, session: AsyncSession) -> AsyncGenerator[httpx.AsyncClient]:
+async def client(
+    library: Any, session: AsyncSession
+) -> AsyncGenerator[httpx.AsyncClient]:
     library.app.dependency_overrides[library.get_session] = lambda: session
     transport = httpx.ASGITransport(app=library.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test"
+    ) as client:
         yield client
 
 
-async def test_a_loan_is_noted(client: httpx.AsyncClient, session: AsyncSession) -> None:
+async def test_a_loan_is_noted(
+    client: httpx.AsyncClient, session: AsyncSession
+) -> None:
     assert (await client.post("/loans/Emma/ann")).status_code == 201
     assert list(await session.scalars(select(Entry.text))) == ["ann takes Emma"]
