@@ -11,11 +11,20 @@ from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import Depends, FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
+
+DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///users.db")
 
 
 class Base(DeclarativeBase):
@@ -28,16 +37,16 @@ class User(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
 
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///users.db"))
+engine = create_async_engine(DATABASE_URL)
+session_maker = async_sessionmaker(engine)
+connect = DBConnect.from_url(DATABASE_URL)
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    async with database_lifespan(connect, create_tables=Base.metadata)(app):
         yield
+    await engine.dispose()
 
 
 app = FastAPI(lifespan=lifespan)
@@ -48,8 +57,7 @@ by_hand = FastAPI()
 
 @by_hand.post("/users/{name}", status_code=201)
 async def sign_up_by_hand(name: str) -> None:
-    maker = await connect.session_maker()
-    async with maker() as session, session.begin():
+    async with session_maker() as session, session.begin():
         await register_with(session, name)
 
 
@@ -61,16 +69,16 @@ depends = FastAPI()
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
-    maker = await connect.session_maker()
-    async with maker() as session, session.begin():
+    async with session_maker() as session, session.begin():
         yield session
 
 
 @depends.post("/users/{name}", status_code=201)
 async def sign_up_with_depends(
-    name: str, session: Annotated[AsyncSession, Depends(get_session)]
+    name: str,
+    session: Annotated[AsyncSession, Depends(get_session)],
 ) -> None:
-    await register_with(session, name)
+    session.add(User(name=name))
 
 
 library = FastAPI()
@@ -79,10 +87,6 @@ add_fastapi_http_db_session_middleware(library)
 
 @library.post("/users/{name}", status_code=201)
 async def sign_up(name: str) -> None:
-    await register(name)
-
-
-async def register(name: str) -> None:
     session = await db_session(connect)
     session.add(User(name=name))
 

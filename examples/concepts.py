@@ -15,8 +15,12 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
 )
 
-shop = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///shop.db"), pool_size=10)
-journal = DBConnect.from_url(os.environ.get("JOURNAL_URL", "sqlite:///journal.db"))
+shop = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///shop.db"), pool_size=10
+)
+journal = DBConnect.from_url(
+    os.environ.get("JOURNAL_URL", "sqlite:///journal.db")
+)
 
 
 class Base(DeclarativeBase):
@@ -57,7 +61,9 @@ async def place_each(*articles: str) -> None:
     async with new_db_session_ctx():
         for article in articles:
             await place_order(article)
-            await commit_all_sessions()  # this order is stored, whatever comes next
+            await (
+                commit_all_sessions()
+            )  # this order is stored, whatever comes next
 
 
 async def main() -> None:

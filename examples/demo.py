@@ -20,7 +20,12 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, NullPool, event, insert, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, InvalidRequestError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+)
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     async_sessionmaker,
@@ -29,7 +34,9 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 from tests.helpers.serving import http_client
 
 
@@ -53,7 +60,9 @@ def make_app(connect: DBConnect) -> FastAPI:
 
     @app.exception_handler(IntegrityError)
     async def conflict(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse({"detail": "this guest is here already"}, status_code=409)
+        return JSONResponse(
+            {"detail": "this guest is here already"}, status_code=409
+        )
 
     @app.post("/guests/{name}", status_code=201)
     async def add(name: str) -> None:
@@ -102,15 +111,26 @@ class Outcome:
         ends = [f"{self.committed} committed"] * bool(self.committed)
         ends += [f"{self.rolled_back} rolled back"] * bool(self.rolled_back)
         statuses = ", ".join(map(str, self.statuses))
-        return [statuses, ", ".join(ends), ", ".join(self.new_rows), str(self.connections_out)]
+        return [
+            statuses,
+            ", ".join(ends),
+            ", ".join(self.new_rows),
+            str(self.connections_out),
+        ]
 
 
 # The names to request, all at the same time, and the expected outcome.
 SCENARIOS = {
     "a success": (["ann"], Outcome([201], ["ann"], committed=1)),
     "a duplicate": (["ann"], Outcome([409], rolled_back=1)),
-    "a 404 after a write": (["bob/without-invitation"], Outcome([404], rolled_back=1)),
-    "an exception after a write": (["cat/stumble"], Outcome([500], rolled_back=1)),
+    "a 404 after a write": (
+        ["bob/without-invitation"],
+        Outcome([404], rolled_back=1),
+    ),
+    "an exception after a write": (
+        ["cat/stumble"],
+        Outcome([500], rolled_back=1),
+    ),
     "two at the same time": (
         ["dan", "eve"],
         Outcome([201, 201], ["dan", "eve"], committed=2),
@@ -152,9 +172,19 @@ async def run(url: URL, console: Console) -> bool:
         counter.watch(engine)
         return engine
 
-    connect = DBConnect(create_engine, async_sessionmaker, host=url.host or "a file")
-    table = Table(title=f"A FastAPI application on {url!r}", title_justify="left")
-    for column in ("", "request", "client saw", "transactions", "new rows, seen from outside"):
+    connect = DBConnect(
+        create_engine, async_sessionmaker, host=url.host or "a file"
+    )
+    table = Table(
+        title=f"A FastAPI application on {url!r}", title_justify="left"
+    )
+    for column in (
+        "",
+        "request",
+        "client saw",
+        "transactions",
+        "new rows, seen from outside",
+    ):
         table.add_column(column)
     table.add_column("connections out", justify="right")
 
@@ -166,8 +196,12 @@ async def run(url: URL, console: Console) -> bool:
     ):
         for title, (paths, expected) in SCENARIOS.items():
             counter.committed = counter.rolled_back = 0
-            responses = await asyncio.gather(*(client.post(f"/guests/{path}") for path in paths))
-            await wait_for_transactions(counter, expected.committed + expected.rolled_back)
+            responses = await asyncio.gather(
+                *(client.post(f"/guests/{path}") for path in paths)
+            )
+            await wait_for_transactions(
+                counter, expected.committed + expected.rolled_back
+            )
             names = await read_names()
             seen = Outcome(
                 [response.status_code for response in responses],
@@ -178,16 +212,24 @@ async def run(url: URL, console: Console) -> bool:
             )
             known = names
             good += seen == expected
-            table.add_row("[green]✓" if seen == expected else "[red]✗", title, *seen.cells())
+            table.add_row(
+                "[green]✓" if seen == expected else "[red]✗",
+                title,
+                *seen.cells(),
+            )
             if seen != expected:
                 table.add_row("", "[red]should be", *expected.cells())
     await connect.close()
     console.print(table)
-    console.print(f"{good} of {len(SCENARIOS)} requests came out as they should.")
+    console.print(
+        f"{good} of {len(SCENARIOS)} requests came out as they should."
+    )
     return good == len(SCENARIOS)
 
 
-async def wait_for_transactions(counter: TransactionCounter, count: int) -> None:
+async def wait_for_transactions(
+    counter: TransactionCounter, count: int
+) -> None:
     """Wait until `count` have ended: a background task's ends after the response."""
     with suppress(TimeoutError):  # the table then shows what is missing
         async with asyncio.timeout(5):
@@ -196,7 +238,9 @@ async def wait_for_transactions(counter: TransactionCounter, count: int) -> None
 
 
 @asynccontextmanager
-async def observed_table(url: URL) -> AsyncGenerator[Callable[[], Awaitable[set[str]]]]:
+async def observed_table(
+    url: URL,
+) -> AsyncGenerator[Callable[[], Awaitable[set[str]]]]:
     """Make the table, and drop it at the end; yields a function that reads it from outside."""
     engine = create_async_engine(url, poolclass=NullPool)
 
@@ -222,7 +266,9 @@ def main() -> int:
             # As wide as the table: a pipe has no width.
             return 0 if asyncio.run(run(url, Console(width=128))) else 1
         except (ArgumentError, InvalidRequestError):
-            return fail("is not the URL of an async driver, like postgresql+asyncpg://user@host/db")
+            return fail(
+                "is not the URL of an async driver, like postgresql+asyncpg://user@host/db"
+            )
         except (OSError, DBAPIError) as error:
             return fail(f"cannot be used: {type(error).__name__}")
 

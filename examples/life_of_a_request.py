@@ -20,7 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 from tests.helpers.serving import http_client
 
 
@@ -79,13 +81,17 @@ class ResponsePrinter:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         async def print_and_send(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 print("  response start:", message["status"])
             elif message.get("body"):
                 print("  response body")
-            if message["type"] == "http.response.body" and not message.get("more_body"):
+            if message["type"] == "http.response.body" and not message.get(
+                "more_body"
+            ):
                 print("  response end")
             await send(message)
 
@@ -111,11 +117,15 @@ def print_what_happens_on(engine: AsyncEngine) -> None:
 async def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         default = f"sqlite:///{Path(directory) / 'notes.db'}"
-        async with DBConnect.from_url(os.environ.get("DATABASE_URL", default)) as connect:
+        async with DBConnect.from_url(
+            os.environ.get("DATABASE_URL", default)
+        ) as connect:
             await create_table(connect)
             for path in ("milk", "bread/refused", "tea/streamed"):
                 # A server for each: it stops when the background task has ended.
-                async with http_client(make_app(connect), log_level="critical") as client:
+                async with http_client(
+                    make_app(connect), log_level="critical"
+                ) as client:
                     await client.post(f"/notes/{path}")
 
 

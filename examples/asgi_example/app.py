@@ -31,7 +31,9 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///workflows.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///workflows.db")
+)
 
 
 def setup_app() -> ASGIApp:
@@ -56,7 +58,12 @@ async def live(receive: Receive, send: Send) -> None:
             await stack.enter_async_context(connect)
             await create_tables()
         except Exception:
-            await send({"type": "lifespan.startup.failed", "message": traceback.format_exc()})
+            await send(
+                {
+                    "type": "lifespan.startup.failed",
+                    "message": traceback.format_exc(),
+                }
+            )
             raise
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -65,10 +72,17 @@ async def live(receive: Receive, send: Send) -> None:
 
 async def respond(scope: Scope, send: Send) -> None:
     """Look up the workflow of a request, and answer with what it returns."""
-    status, workflow = routes.get((scope["method"], scope["path"]), (404, not_found))
+    status, workflow = routes.get(
+        (scope["method"], scope["path"]), (404, not_found)
+    )
     body = json.dumps(await workflow()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    await send(
+        {"type": "http.response.start", "status": status, "headers": headers}
+    )
     await send({"type": "http.response.body", "body": body})
 
 
@@ -108,7 +122,7 @@ async def write(text: str) -> None:
 
 
 async def atomic() -> None:
-    """A block is committed at its end, or rolled back if it raises, whatever the request does."""
+    """A block is settled at its end, whatever the request does."""
     with suppress(ValueError):
         async with atomic_db_session(connect):
             await write("in a block that fails")
@@ -119,11 +133,15 @@ async def atomic() -> None:
     raise RuntimeError("the request fails")
 
 
-CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
+CurrentTransaction: TypeAlias = Literal[
+    "commit", "rollback", "append", "raise", "savepoint"
+]
 
 
-async def atomic_after_open_transaction(mode: CurrentTransaction, block: str) -> bool:
-    """A block begins while a transaction is open; return whether one is open after it."""
+async def atomic_after_open_transaction(
+    mode: CurrentTransaction, block: str
+) -> bool:
+    """A block begins in a transaction; return whether one is open after it."""
     session = await db_session(connect)
     await write("before the block")
     with suppress(ValueError):
@@ -162,7 +180,9 @@ async def early_close() -> bool:
 
 async def concurrent_queries() -> None:
     """Each call has its own context and connection, and is committed at its end."""
-    await asyncio.gather(run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another"))
+    await asyncio.gather(
+        run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another")
+    )
 
 
 async def sessions_outside_the_context() -> None:
@@ -210,7 +230,10 @@ routes: dict[tuple[str, str], tuple[int, Workflow]] = {
     ("POST", "/early_rollback"): (200, early_rollback),
     ("POST", "/early_close"): (200, early_close),
     ("POST", "/concurrent_queries"): (200, concurrent_queries),
-    ("POST", "/sessions_outside_the_context"): (200, sessions_outside_the_context),
+    ("POST", "/sessions_outside_the_context"): (
+        200,
+        sessions_outside_the_context,
+    ),
     ("POST", "/rollback_by_exception"): (200, rollback_by_exception),
     ("POST", "/rollback_by_status_code"): (409, rollback_by_status_code),
 }

@@ -22,7 +22,11 @@ DIRECTORY = TemporaryDirectory()
 if SERVER is None:
     url = f"sqlite:///{DIRECTORY.name}/workflows.db"
 else:
-    url = make_url(SERVER).set(database=DATABASE).render_as_string(hide_password=False)
+    url = (
+        make_url(SERVER)
+        .set(database=DATABASE)
+        .render_as_string(hide_password=False)
+    )
 
 # The application reads where its database is when it is imported.
 with pytest.MonkeyPatch.context() as patch:
@@ -42,6 +46,8 @@ def database() -> Generator[None]:
 
 
 async def execute(server: str, statement: str) -> None:
-    connect = DBConnect.from_url(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    connect = DBConnect.from_url(
+        server, isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
     async with connect, new_non_ctx_session(connect) as session:
         await session.execute(text(statement))

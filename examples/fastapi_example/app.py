@@ -6,8 +6,7 @@ otherwise.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Literal, TypeAlias
 
 from fastapi import APIRouter, FastAPI
@@ -20,33 +19,29 @@ from context_async_sqlalchemy import (
     close_db_session,
     commit_db_session,
     db_session,
-    new_db_session_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     rollback_db_session,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///workflows.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///workflows.db")
+)
 router = APIRouter()
 
 
 def setup_app() -> FastAPI:
-    app = FastAPI(lifespan=lifespan)
+    app = FastAPI(
+        lifespan=database_lifespan(connect, create_tables=Base.metadata)
+    )
     add_fastapi_http_db_session_middleware(app)
     app.include_router(router)
     return app
-
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Create the tables at startup; close the connections at shutdown."""
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
 
 
 class Base(DeclarativeBase):
@@ -82,7 +77,7 @@ async def write(text: str) -> None:
 
 @router.post("/atomic")
 async def atomic() -> None:
-    """A block is committed at its end, or rolled back if it raises, whatever the request does."""
+    """A block is settled at its end, whatever the request does."""
     with suppress(ValueError):
         async with atomic_db_session(connect):
             await write("in a block that fails")
@@ -93,14 +88,16 @@ async def atomic() -> None:
     raise RuntimeError("the request fails")
 
 
-CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
+CurrentTransaction: TypeAlias = Literal[
+    "commit", "rollback", "append", "raise", "savepoint"
+]
 
 
 @router.post("/atomic_after_open_transaction/{mode}/{block}")
 async def atomic_after_open_transaction(
     mode: CurrentTransaction, block: Literal["passing", "failing"]
 ) -> bool:
-    """A block begins while a transaction is open; return whether one is open after it."""
+    """A block begins in a transaction; return whether one is open after it."""
     session = await db_session(connect)
     await write("before the block")
     with suppress(ValueError):
@@ -143,7 +140,9 @@ async def early_close() -> bool:
 @router.post("/concurrent_queries")
 async def concurrent_queries() -> None:
     """Each call has its own context and connection, and is committed at its end."""
-    await asyncio.gather(run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another"))
+    await asyncio.gather(
+        run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another")
+    )
 
 
 @router.post("/sessions_outside_the_context")

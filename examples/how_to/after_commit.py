@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 from fastapi import BackgroundTasks, FastAPI, Request
@@ -16,10 +15,12 @@ from context_async_sqlalchemy import (
     DBConnect,
     atomic_db_session,
     db_session,
-    new_db_session_ctx,
     on_commit,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///members.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -41,16 +42,7 @@ class Voucher(Base):
     code: Mapped[str] = mapped_column(primary_key=True)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 
@@ -85,4 +77,6 @@ async def sign_up_with_voucher(email: str, code: str) -> None:
 async def leave(email: str, background: BackgroundTasks) -> None:
     session = await db_session(connect)
     await session.execute(delete(Member).where(Member.email == email))
-    on_commit(connect, partial(background.add_task, send_mail, email, "Goodbye"))
+    on_commit(
+        connect, partial(background.add_task, send_mail, email, "Goodbye")
+    )

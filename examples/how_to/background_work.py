@@ -13,11 +13,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from context_async_sqlalchemy import (
     DBConnect,
     db_session,
-    new_db_session_ctx,
     on_commit,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///documents.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -45,11 +47,8 @@ running: set[asyncio.Task[None]] = set()
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    async with database_lifespan(connect, create_tables=Base.metadata)(app):
         yield
         await asyncio.gather(*running, return_exceptions=True)
 
@@ -65,7 +64,9 @@ async def count_words(name: str) -> None:
 
 
 @app.post("/documents/{name}", status_code=202)
-async def add_document(name: str, body: str, background: BackgroundTasks) -> None:
+async def add_document(
+    name: str, body: str, background: BackgroundTasks
+) -> None:
     session = await db_session(connect)
     session.add(Document(name=name, body=body))
     background.add_task(count_words, name)
@@ -100,7 +101,9 @@ async def remember(visitor: str) -> None:
 
 
 @app.delete("/documents/{name}")
-async def refuse_to_delete(visitor: str, background: BackgroundTasks, response: Response) -> str:
+async def refuse_to_delete(
+    visitor: str, background: BackgroundTasks, response: Response
+) -> str:
     background.add_task(remember, visitor)
     response.status_code = 403
     return "documents are kept"

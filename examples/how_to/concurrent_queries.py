@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import FastAPI, Query
@@ -14,11 +12,13 @@ from context_async_sqlalchemy import (
     DBConnect,
     commit_db_session,
     db_session,
-    new_db_session_ctx,
     new_non_ctx_session,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///visits.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -35,16 +35,7 @@ class Visit(Base):
     page: Mapped[str]
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 
@@ -55,7 +46,11 @@ async def count_visits() -> int:
 
 async def list_pages(limit: int) -> list[str]:
     session = await db_session(connect)
-    pages = select(Visit.page).group_by(Visit.page).order_by(func.count().desc(), Visit.page)
+    pages = (
+        select(Visit.page)
+        .group_by(Visit.page)
+        .order_by(func.count().desc(), Visit.page)
+    )
     return list(await session.scalars(pages.limit(limit)))
 
 
@@ -71,7 +66,9 @@ async def dashboard() -> tuple[int, list[str]]:
 async def visit(page: str) -> tuple[int, list[str]]:
     session = await db_session(connect)
     session.add(Visit(page=page))
-    await commit_db_session(connect)  # the queries see the visit, and no connection is held
+    await commit_db_session(
+        connect
+    )  # the queries see the visit, and no connection is held
     return await dashboard()
 
 
@@ -94,4 +91,6 @@ Pages = Annotated[str, Query(pattern="^[^,]+(,[^,]+){0,19}$")]  # at most 20
 
 @app.get("/counts")
 async def counts(pages: Pages) -> list[int]:
-    return await asyncio.gather(*(count_in_turn(page) for page in pages.split(",")))
+    return await asyncio.gather(
+        *(count_in_turn(page) for page in pages.split(","))
+    )

@@ -1,5 +1,6 @@
 """Notes of several tenants, each with a database of its own."""
 
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -16,7 +17,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_database_exception_handlers,
+    add_fastapi_http_db_session_middleware,
+)
 
 DATABASE_URL = make_url(os.environ.get("DATABASE_URL", "sqlite:///notes"))
 TENANTS = ("acme", "globex", "initech")
@@ -48,7 +52,11 @@ class Tenants:
 
     async def close_unused(self, limit: int) -> None:
         while len(self._opened) > limit:
-            unused = [name for name, opened in self._opened.items() if not opened.users]
+            unused = [
+                name
+                for name, opened in self._opened.items()
+                if not opened.users
+            ]
             if not unused:
                 return
             await self._opened.pop(unused[0]).connect.close()
@@ -69,13 +77,15 @@ class TenantMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         name = Headers(scope=scope).get("x-tenant", "")
         if name not in TENANTS:
-            await PlainTextResponse("no such tenant", 403)(scope, receive, send)
+            await PlainTextResponse("no such tenant", 404)(scope, receive, send)
             return
         async with tenants.use(name) as connect:
             tenant.set(connect)
@@ -96,14 +106,22 @@ class Note(Base):
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     for name in TENANTS:
-        async with tenants.use(name) as connect, new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+        try:
+            await create_tables(name)
+        except Exception:  # of one tenant, who alone is without a database
+            logging.exception("The database of %s is not ready", name)
     yield
     await tenants.close_unused(0)
 
 
+async def create_tables(name: str) -> None:
+    async with tenants.use(name) as connect, new_db_session_ctx():
+        session = await db_session(connect)
+        await (await session.connection()).run_sync(Base.metadata.create_all)
+
+
 app = FastAPI(lifespan=lifespan)
+add_database_exception_handlers(app)
 add_fastapi_http_db_session_middleware(app)
 app.add_middleware(TenantMiddleware)  # added last, so it runs first
 
@@ -121,7 +139,9 @@ async def index(body: str) -> None:
 
 
 @app.post("/notes/{body}", status_code=201)
-async def add_note(body: str, session: Session, background: BackgroundTasks) -> None:
+async def add_note(
+    body: str, session: Session, background: BackgroundTasks
+) -> None:
     session.add(Note(body=body))
     background.add_task(index, body)
 

@@ -44,7 +44,11 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     password = os.environ.get("DATABASE_PASSWORD")
     await database.initialize(url, password, pool_size=5)
     await reports.initialize(
-        url, password, isolation_level="SERIALIZABLE", manage_transactions=False, pool_size=2
+        url,
+        password,
+        isolation_level="SERIALIZABLE",
+        manage_transactions=False,
+        pool_size=2,
     )
     async with new_db_session_ctx():
         session = await db_session(database.connect)
@@ -57,7 +61,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
-async def get_current_member(token: Annotated[str, Header()], session: Session) -> Member:
+async def get_current_member(
+    token: Annotated[str, Header()], session: Session
+) -> Member:
     member = await session.get(Member, token)
     if member is None:
         raise HTTPException(401)
@@ -75,14 +81,20 @@ async def assign(title: str, owner: str) -> None:
 
 
 @app.put("/members/{name}")
-async def join(name: str, token: Annotated[str, Header()], session: Session) -> None:
+async def join(
+    name: str, token: Annotated[str, Header()], session: Session
+) -> None:
     session.add(Member(token=token, name=name))
 
 
 @app.post("/chores/{title}", status_code=201)
 async def add_chore(title: str, member: CurrentMember, session: Session) -> int:
     await assign(title, member.name)
-    return len((await session.scalars(select(Chore).filter_by(owner=member.name))).all())
+    return len(
+        (
+            await session.scalars(select(Chore).filter_by(owner=member.name))
+        ).all()
+    )
 
 
 @app.post("/reports/{owner}")

@@ -1,14 +1,15 @@
 """An application served by several processes, and stopped while requests are in flight."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 connect = DBConnect.from_url(
     os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"),
@@ -28,14 +29,7 @@ class Order(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        await connect.wait_until_ready(attempts=30, delay=1)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, wait=True))
 add_fastapi_http_db_session_middleware(app)
 
 

@@ -6,13 +6,26 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
 from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from context_async_sqlalchemy import DBConnect, PoolStatus, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import (
+    DBConnect,
+    PoolStatus,
+    db_session,
+    new_db_session_ctx,
+)
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"
+)
 connect = DBConnect.from_url(
     DATABASE_URL,
     os.environ.get("DATABASE_PASSWORD"),
@@ -27,7 +40,9 @@ async def fetch_token() -> str:
     return os.environ["DATABASE_TOKEN"]  # ask your identity service here
 
 
-with_token = DBConnect.from_url(DATABASE_URL, connect_args={"password": fetch_token})
+with_token = DBConnect.from_url(
+    DATABASE_URL, connect_args={"password": fetch_token}
+)
 
 
 async def fetch_secret() -> str:
@@ -36,7 +51,9 @@ async def fetch_secret() -> str:
 
 async def create_engine(host: str) -> AsyncEngine:
     url = make_url(DATABASE_URL).set(drivername="postgresql+asyncpg", host=host)
-    return create_async_engine(url.set(password=await fetch_secret()), pool_size=2)
+    return create_async_engine(
+        url.set(password=await fetch_secret()), pool_size=2
+    )
 
 
 with_secret = DBConnect(create_engine, async_sessionmaker, host="127.0.0.1")
@@ -59,7 +76,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         await connect.wait_until_ready(attempts=30, delay=1)
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+            await (await session.connection()).run_sync(
+                Base.metadata.create_all
+            )
         yield
 
 

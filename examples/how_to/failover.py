@@ -1,22 +1,27 @@
 """Orders that are accepted again as soon as the standby is promoted."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 from context_async_sqlalchemy.postgres import keep_on_primary
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"
+)
 HOSTS = os.environ.get("DATABASE_HOSTS", "127.0.0.1,127.0.0.2").split(",")
 connect = DBConnect.from_url(
     DATABASE_URL,
     os.environ.get("DATABASE_PASSWORD"),
-    before_create_session_handler=keep_on_primary(HOSTS, check_after=1, timeout=2),
+    before_create_session_handler=keep_on_primary(
+        HOSTS, check_after=1, timeout=2
+    ),
 )
 
 
@@ -31,16 +36,7 @@ class Order(Base):
     article: Mapped[str]
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app, attempts=8)
 
 

@@ -1,8 +1,6 @@
 """Transfers over GraphQL, which answers an error with 200."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import strawberry
@@ -20,7 +18,10 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     roll_back_this_request,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///graphql.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -42,16 +43,20 @@ async def add_to(name: str, amount: int) -> None:
     session = await db_session(connect)
     statement = update(Account).where(Account.name == name)
     result = await session.execute(
-        statement.values(balance=Account.balance + amount).returning(Account.name)
+        statement.values(balance=Account.balance + amount).returning(
+            Account.name
+        )
     )
     if result.one_or_none() is None:
         raise ValueError(f"there is no account {name!r}")
 
 
 class UnitOfWork(FieldExtension):
-    """Commits what the field has written, or rolls it back, before the next one."""
+    """Settles what the field has written before the next one begins."""
 
-    async def resolve_async(self, next_: Any, source: Any, info: Info, **kwargs: Any) -> Any:
+    async def resolve_async(
+        self, next_: Any, source: Any, info: Info, **kwargs: Any
+    ) -> Any:
         async with new_db_session_ctx():
             return await next_(source, info, **kwargs)
 
@@ -67,7 +72,9 @@ class Query:
 @strawberry.type
 class Mutation:
     @strawberry.mutation
-    async def transfer(self, source: str, target: str, amount: int) -> str | None:
+    async def transfer(
+        self, source: str, target: str, amount: int
+    ) -> str | None:
         await add_to(source, -amount)
         await add_to(target, amount)
         return "transferred"
@@ -87,20 +94,13 @@ class Router(GraphQLRouter[Any, Any]):
         return await super().process_result(request, result)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 schema = strawberry.Schema(
     Query,
     Mutation,
-    extensions=[lambda **_: MaxAliasesLimiter(max_alias_count=50)],  # older ones pass an argument
+    extensions=[
+        lambda **_: MaxAliasesLimiter(max_alias_count=50)
+    ],  # older ones pass an argument
 )
 app.include_router(Router(schema), prefix="/graphql")
 add_fastapi_http_db_session_middleware(app)

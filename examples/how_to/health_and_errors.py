@@ -14,7 +14,9 @@ from context_async_sqlalchemy.fastapi_utils import (
 )
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///counter.db")
-connect = DBConnect.from_url(DATABASE_URL, os.environ.get("DATABASE_PASSWORD"), pool_timeout=3)
+connect = DBConnect.from_url(
+    DATABASE_URL, os.environ.get("DATABASE_PASSWORD"), pool_timeout=3
+)
 
 app = FastAPI(lifespan=database_lifespan(connect, wait=True))
 add_fastapi_http_db_session_middleware(app, attempts=3)

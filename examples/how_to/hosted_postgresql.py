@@ -8,9 +8,12 @@ from sqlalchemy import text
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"
+)
 
-# Each server connection of PgBouncer has its own prepared statements, under names clients share.
+# Each server connection of PgBouncer has its own prepared statements, under
+# names that its clients share.
 WITHOUT_PREPARED_STATEMENTS: dict[str, Any] = {
     "statement_cache_size": 0,
     "prepared_statement_cache_size": 0,
@@ -20,7 +23,9 @@ WITHOUT_PREPARED_STATEMENTS: dict[str, Any] = {
 connect = DBConnect.from_url(
     DATABASE_URL,
     os.environ.get("DATABASE_PASSWORD"),
-    connect_args=WITHOUT_PREPARED_STATEMENTS if "BEHIND_PGBOUNCER" in os.environ else {},
+    connect_args=WITHOUT_PREPARED_STATEMENTS
+    if "BEHIND_PGBOUNCER" in os.environ
+    else {},
     idle_timeout=60,
 )
 

@@ -9,7 +9,9 @@ from sqlalchemy import NullPool
 
 from context_async_sqlalchemy import DBConnect
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", "postgresql://postgres@127.0.0.1/postgres"
+)
 connect = DBConnect.from_url(
     DATABASE_URL,
     pool_pre_ping=True,

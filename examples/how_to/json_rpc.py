@@ -1,8 +1,7 @@
 """JSON-RPC, which answers an error with 200."""
 
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy import CheckConstraint, update
@@ -20,7 +19,10 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
     roll_back_this_request,
 )
-from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
+from context_async_sqlalchemy.starlette_utils import (
+    add_starlette_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///json_rpc.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -51,7 +53,10 @@ async def take(names: list[str]) -> int:
     return len(names)
 
 
-METHODS: dict[str, Callable[..., Awaitable[Any]]] = {"store": store, "take": take}
+METHODS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "store": store,
+    "take": take,
+}
 
 
 def answer_of(call: Any, **outcome: Any) -> dict[str, Any]:
@@ -59,7 +64,11 @@ def answer_of(call: Any, **outcome: Any) -> dict[str, Any]:
 
 
 def error_of(call: Any, error: Exception) -> dict[str, Any]:
-    message = "not available" if isinstance(error, IntegrityError) else type(error).__name__
+    message = (
+        "not available"
+        if isinstance(error, IntegrityError)
+        else type(error).__name__
+    )
     return answer_of(call, error={"code": -32000, "message": message})
 
 
@@ -91,15 +100,12 @@ async def batch(request: Request) -> JSONResponse:
     return JSONResponse(answers)
 
 
-@asynccontextmanager
-async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-routes = [Route("/rpc", rpc, methods=["POST"]), Route("/batch", batch, methods=["POST"])]
-app = Starlette(routes=routes, lifespan=lifespan)
+routes = [
+    Route("/rpc", rpc, methods=["POST"]),
+    Route("/batch", batch, methods=["POST"]),
+]
+app = Starlette(
+    routes=routes,
+    lifespan=database_lifespan(connect, create_tables=Base.metadata),
+)
 add_starlette_http_db_session_middleware(app)

@@ -2,8 +2,6 @@
 
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -13,10 +11,12 @@ from context_async_sqlalchemy import (
     close_db_session,
     commit_db_session,
     db_session,
-    new_db_session_ctx,
     new_non_ctx_atomic_session,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///orders.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -41,16 +41,7 @@ class Attempt(Base):
     article: Mapped[str]
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 
@@ -66,16 +57,22 @@ async def place_order(article: str) -> str:
     session = await db_session(connect)
     order = Order(article=article, state="new")
     session.add(order)
-    await commit_db_session(connect)  # durable; the connection is back in the pool
+    await commit_db_session(
+        connect
+    )  # durable; the connection is back in the pool
     order.state = await charge(order.article)
-    return order.state  # the middleware commits the change in a second transaction
+    return (
+        order.state
+    )  # the middleware commits the change in a second transaction
 
 
 @app.get("/orders/{order_id}")
 async def show_order(order_id: int) -> str:
     session = await db_session(connect)
     order = await session.get_one(Order, order_id)
-    await close_db_session(connect)  # a query opens a transaction too, and holds a connection
+    await close_db_session(
+        connect
+    )  # a query opens a transaction too, and holds a connection
     return f"{order.article}: {order.state}, {await locate(order.id)}"
 
 

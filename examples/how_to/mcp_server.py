@@ -12,6 +12,7 @@ from pydantic import Field
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
+from context_async_sqlalchemy.fastapi_utils import database_lifespan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +35,7 @@ mcp = MCPServer("notes", log_level="WARNING")
 
 
 def tool(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """Make an async function a tool: committed if it returns, rolled back if it raises."""
+    """Make a function a tool: committed if it returns, else rolled back."""
 
     @mcp.tool()
     @wraps(function)
@@ -61,11 +62,9 @@ mcp_app = mcp.streamable_http_app()
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect, mcp.session_manager.run():
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    tables = database_lifespan(connect, create_tables=Base.metadata)
+    async with tables(app), mcp.session_manager.run():
         yield
 
 

@@ -1,8 +1,7 @@
 """Custom commit rules for a request, and a unit of work where there is no request."""
 
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import NamedTuple
 
@@ -17,12 +16,20 @@ from context_async_sqlalchemy import (
     db_session,
     get_db_session_from_context,
     init_db_session_ctx,
-    new_db_session_ctx,
     reset_db_session_ctx,
     rollback_all_sessions,
 )
-from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.asgi_types import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///stock.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -39,15 +46,6 @@ class Article(Base):
     stock: Mapped[int]
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
 class DryRunMiddleware:
     """Answer a request with the header `X-Dry-Run`, and undo its work.
 
@@ -58,8 +56,12 @@ class DryRunMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or b"x-dry-run" not in dict(scope["headers"]):
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if scope["type"] != "http" or b"x-dry-run" not in dict(
+            scope["headers"]
+        ):
             await self.app(scope, receive, send)
             return
 
@@ -67,7 +69,9 @@ class DryRunMiddleware:
             if message["type"] == "http.response.start":
                 session = get_db_session_from_context(connect)
                 if session is not None:
-                    await session.flush()  # anything the database rejects fails here too
+                    await (
+                        session.flush()
+                    )  # anything the database rejects fails here too
                 await rollback_all_sessions()
             await send(message)
 
@@ -83,9 +87,11 @@ async def refuse_shortage(session: AsyncSession) -> None:
         raise HTTPException(409, "not in stock")
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 app.add_middleware(DryRunMiddleware)
-add_fastapi_http_db_session_middleware(app, before_commit=refuse_shortage, commit_on=is_kept)
+add_fastapi_http_db_session_middleware(
+    app, before_commit=refuse_shortage, commit_on=is_kept
+)
 
 
 async def change(name: str, by: int) -> int:

@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 from fastapi import FastAPI
@@ -14,11 +13,13 @@ from context_async_sqlalchemy import (
     DBConnect,
     atomic_db_session,
     db_session,
-    new_db_session_ctx,
     on_commit,
     retry_on_transient_error,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///bank.db")
 connect = DBConnect.from_url(DATABASE_URL, isolation_level="SERIALIZABLE")
@@ -42,16 +43,7 @@ class Contact(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app, attempts=5)
 
 

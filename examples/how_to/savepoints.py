@@ -1,8 +1,7 @@
 """An import of contacts in one transaction, parts of which may fail alone."""
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -14,9 +13,11 @@ from context_async_sqlalchemy import (
     DBConnect,
     atomic_db_session,
     db_session,
-    new_db_session_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///contacts.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -51,16 +52,7 @@ class NewContact(BaseModel):
     phones: list[str] = []
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 

@@ -37,7 +37,9 @@ async def main(files: list[str]) -> int:
     async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+            await (await session.connection()).run_sync(
+                Base.metadata.create_all
+            )
         for file in files:
             try:
                 lines = await asyncio.to_thread(read_lines, file)

@@ -19,7 +19,9 @@ from context_async_sqlalchemy import (
     on_commit,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///shop.db")
 LEDGER_URL = os.environ.get("LEDGER_URL", "sqlite:///ledger.db")
@@ -59,7 +61,9 @@ class Entry(LedgerBase):
 
     number: Mapped[int] = mapped_column(primary_key=True)
     account: Mapped[str] = mapped_column(
-        ForeignKey(Account.name, deferrable=True, initially="DEFERRED")  # checked by the COMMIT
+        ForeignKey(
+            Account.name, deferrable=True, initially="DEFERRED"
+        )  # checked by the COMMIT
     )
 
 
@@ -68,9 +72,13 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     async with shop, ledger:
         async with new_db_session_ctx():
             session = await db_session(shop)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+            await (await session.connection()).run_sync(
+                Base.metadata.create_all
+            )
             session = await db_session(ledger)
-            await (await session.connection()).run_sync(LedgerBase.metadata.create_all)
+            await (await session.connection()).run_sync(
+                LedgerBase.metadata.create_all
+            )
             await session.merge(Account(name="sales"))
         yield
 
@@ -102,9 +110,11 @@ async def place_order_and_book_it_later(number: int, account: str) -> None:
 
 
 async def book() -> list[int]:
-    """Book the waiting orders; return the numbers of those the ledger refuses."""
+    """Book the waiting orders; return those that the ledger refuses."""
     async with new_db_session_ctx():
-        waiting = (await (await db_session(shop)).scalars(select(Unbooked.number))).all()
+        waiting = (
+            await (await db_session(shop)).scalars(select(Unbooked.number))
+        ).all()
     refused = []
     for number in waiting:
         try:

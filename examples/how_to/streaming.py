@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query
@@ -16,10 +15,12 @@ from context_async_sqlalchemy import (
     commit_after_response,
     commit_db_session,
     db_session,
-    new_db_session_ctx,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///readings.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -42,29 +43,27 @@ def as_csv(readings: Sequence[Reading]) -> str:
     return "".join(f"{reading.id},{reading.value}\n" for reading in readings)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 add_fastapi_http_db_session_middleware(app)
 
 
 async def newer_than(last: int) -> Sequence[Reading]:
     session = await db_session(connect)
-    readings = select(Reading).where(Reading.id > last).order_by(Reading.id).limit(PAGE)
+    readings = (
+        select(Reading)
+        .where(Reading.id > last)
+        .order_by(Reading.id)
+        .limit(PAGE)
+    )
     return (await session.scalars(readings)).all()
 
 
 async def pages() -> AsyncGenerator[str]:
     last = 0
     while readings := await newer_than(last):
-        await commit_db_session(connect)  # no connection is held while the client reads
+        await commit_db_session(
+            connect
+        )  # no connection is held while the client reads
         yield as_csv(readings)
         last = readings[-1].id
 
@@ -115,5 +114,7 @@ async def events(last: int) -> AsyncGenerator[str]:
 
 
 @app.get("/events")
-async def follow(last: Annotated[int, Query(ge=0, lt=2**31)] = 0) -> StreamingResponse:
+async def follow(
+    last: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+) -> StreamingResponse:
     return StreamingResponse(events(last), media_type="text/event-stream")

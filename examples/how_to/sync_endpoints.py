@@ -7,7 +7,13 @@ from anyio import from_thread
 from fastapi import BackgroundTasks, Depends, FastAPI
 from sqlalchemy import ForeignKey, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+)
 
 from context_async_sqlalchemy import DBConnect, db_session
 from context_async_sqlalchemy.fastapi_utils import (

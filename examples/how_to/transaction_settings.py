@@ -7,16 +7,19 @@ from contextvars import ContextVar
 
 from fastapi import BackgroundTasks, FastAPI, HTTPException
 from sqlalchemy import Connection, event, func, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column
-from sqlalchemy.schema import CreateSchema
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "postgresql://app@127.0.0.1/postgres")
+DATABASE_URL = os.environ.get(
+    "DATABASE_URL", "postgresql://app@127.0.0.1/postgres"
+)
 STATEMENT_TIMEOUT = "5s"
 TENANTS = ("acme", "globex")
 
@@ -27,7 +30,9 @@ def settings_of_tenant() -> dict[str, str | int]:
     return {"app.tenant": tenant.get(), "statement_timeout": STATEMENT_TIMEOUT}
 
 
-connect = DBConnect.from_url(DATABASE_URL, transaction_settings=settings_of_tenant)
+connect = DBConnect.from_url(
+    DATABASE_URL, transaction_settings=settings_of_tenant
+)
 owner = DBConnect.from_url(DATABASE_URL)  # creates the tables, without a tenant
 
 
@@ -39,53 +44,40 @@ class Note(Base):
     __tablename__ = "tenant_note"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    tenant: Mapped[str] = mapped_column(server_default=text("current_setting('app.tenant')"))
+    tenant: Mapped[str] = mapped_column(
+        server_default=text("current_setting('app.tenant')")
+    )
     body: Mapped[str]
 
 
 @event.listens_for(Note.__table__, "after_create")
-def enable_row_level_security(_: object, connection: Connection, **__: object) -> None:
+def enable_row_level_security(
+    _: object, connection: Connection, **__: object
+) -> None:
     for statement in (
-        "ALTER TABLE tenant_note ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        "ALTER TABLE tenant_note "
+        "ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
         "CREATE POLICY own ON tenant_note"
         " USING (tenant = NULLIF(current_setting('app.tenant', true), ''))",
     ):
         connection.execute(text(statement))
 
 
-class SchemaSession(Session):
-    """A session that finds its tables in the tenant's schema."""
-
-
-@event.listens_for(SchemaSession, "after_begin")
-def use_schema(_: Session, __: SessionTransaction, connection: Connection) -> None:
-    connection.execution_options(schema_translate_map={None: tenant.get()})
-
-
-by_schema = DBConnect.from_url(DATABASE_URL, session_options={"sync_session_class": SchemaSession})
-
-
-class SchemaBase(DeclarativeBase):
-    pass
-
-
-class Invoice(SchemaBase):
-    __tablename__ = "invoice"
-
-    number: Mapped[int] = mapped_column(primary_key=True)
-
-
 class TenantMiddleware:
-    """Set the tenant from the header `X-Tenant`, which a gateway has checked."""
+    """Set the tenant from `X-Tenant`, which a gateway has checked."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         if scope["type"] == "http":
             name = Headers(scope=scope).get("x-tenant")
             if name not in TENANTS:
-                await PlainTextResponse("no such tenant", 403)(scope, receive, send)
+                await PlainTextResponse("no such tenant", 404)(
+                    scope, receive, send
+                )
                 return
             tenant.set(name)
         await self.app(scope, receive, send)
@@ -93,14 +85,10 @@ class TenantMiddleware:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect, by_schema, owner:
+    async with connect, owner:
         async with new_db_session_ctx():
             connection = await (await db_session(owner)).connection()
             await connection.run_sync(Base.metadata.create_all)
-            for name in TENANTS:
-                await connection.execute(CreateSchema(name, if_not_exists=True))
-                await connection.execution_options(schema_translate_map={None: name})
-                await connection.run_sync(SchemaBase.metadata.create_all)
         yield
 
 
@@ -123,7 +111,9 @@ async def note_count() -> None:
 async def add_note(body: str, background: BackgroundTasks) -> None:
     session = await db_session(connect)
     session.add(Note(body=body))
-    background.add_task(note_count)  # runs in a second transaction, for the same tenant
+    background.add_task(
+        note_count
+    )  # runs in a second transaction, for the same tenant
 
 
 @app.get("/notes")
@@ -135,7 +125,9 @@ async def get_notes() -> list[str]:
 @app.post("/first/{body}", status_code=201)
 async def add_first_note(body: str) -> None:
     session = await db_session(connect)
-    await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+    await session.connection(
+        execution_options={"isolation_level": "SERIALIZABLE"}
+    )
     if await count_notes() > 0:
         raise HTTPException(409)
     session.add(Note(body=body))
@@ -145,19 +137,10 @@ async def add_first_note(body: str) -> None:
 async def report() -> str:
     session = await db_session(connect)
     await session.connection(
-        execution_options={"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        execution_options={
+            "isolation_level": "REPEATABLE READ",
+            "postgresql_readonly": True,
+        }
     )
     await session.execute(text("SET LOCAL statement_timeout = '60s'"))
     return f"{await count_notes()} notes"
-
-
-@app.post("/invoices/{number}", status_code=201)
-async def add_invoice(number: int) -> None:
-    session = await db_session(by_schema)
-    session.add(Invoice(number=number))
-
-
-@app.get("/invoices")
-async def get_invoices() -> list[int]:
-    session = await db_session(by_schema)
-    return list(await session.scalars(select(Invoice.number).order_by(Invoice.number)))

@@ -2,14 +2,13 @@
 
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, WebSocket
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
+from context_async_sqlalchemy.fastapi_utils import database_lifespan
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite:///notes.db")
 connect = DBConnect.from_url(DATABASE_URL)
@@ -25,16 +24,7 @@ class Note(Base):
     body: Mapped[str] = mapped_column(primary_key=True)
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
 
 
 LONGEST = 10_000  # characters

@@ -13,7 +13,9 @@ from context_async_sqlalchemy import (
 )
 from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
 
 
 async def live(receive: Receive, send: Send) -> None:
@@ -21,7 +23,9 @@ async def live(receive: Receive, send: Send) -> None:
     async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
+            await session.execute(
+                text("CREATE TABLE IF NOT EXISTS note (title TEXT)")
+            )
         await send({"type": "lifespan.startup.complete"})
         await receive()  # lifespan.shutdown
     await send({"type": "lifespan.shutdown.complete"})
@@ -40,7 +44,13 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
         case "GET", [_, "notes"]:
             await send({"type": "http.response.start", "status": 200})
             async for line in read_notes():
-                await send({"type": "http.response.body", "body": line, "more_body": True})
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": line,
+                        "more_body": True,
+                    }
+                )
             await send({"type": "http.response.body"})
         case _:
             await respond(send, 404)
@@ -48,14 +58,18 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def respond(send: Send, status: int) -> None:
     headers = [(b"content-length", b"0")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send(
+        {"type": "http.response.start", "status": status, "headers": headers}
+    )
     await send({"type": "http.response.body"})
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
+    await session.execute(
+        text("INSERT INTO note VALUES (:title)"), {"title": title}
+    )
     titles = (await session.scalars(text("SELECT title FROM note"))).all()
     return 201 if titles.count(title) == 1 else 409
 

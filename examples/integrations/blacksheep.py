@@ -15,7 +15,9 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
 
 application = Application(router=Router())
 copies: set[asyncio.Task[int]] = set()
@@ -26,7 +28,9 @@ async def lifespan(_: Application) -> AsyncGenerator[None]:
     async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
+            await session.execute(
+                text("CREATE TABLE IF NOT EXISTS note (title TEXT)")
+            )
         yield
         await asyncio.gather(*copies, return_exceptions=True)
 
@@ -50,9 +54,11 @@ async def get_notes() -> Response:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
+    await session.execute(
+        text("INSERT INTO note VALUES (:title)"), {"title": title}
+    )
     titles = (await session.scalars(text("SELECT title FROM note"))).all()
     return 201 if titles.count(title) == 1 else 409
 

@@ -2,28 +2,24 @@
 
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 from fastapi import BackgroundTasks, FastAPI, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import text
+from sqlalchemy import Column, MetaData, Table, Text, insert, select
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
+metadata = MetaData()
+note = Table("note", metadata, Column("title", Text))
 
-
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=metadata))
 add_fastapi_http_db_session_middleware(app)
 
 
@@ -43,14 +39,14 @@ async def get_notes() -> StreamingResponse:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
-    titles = (await session.scalars(text("SELECT title FROM note"))).all()
+    await session.execute(insert(note).values(title=title))
+    titles = (await session.scalars(select(note.c.title))).all()
     return 201 if titles.count(title) == 1 else 409
 
 
 async def read_notes() -> AsyncGenerator[bytes]:
     session = await db_session(connect)
-    for title in await session.scalars(text("SELECT title FROM note")):
+    for title in await session.scalars(select(note.c.title)):
         yield f"{title}\n".encode()

@@ -19,7 +19,9 @@ from context_async_sqlalchemy import (
     new_db_session_ctx,
 )
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
 
 
 @asynccontextmanager
@@ -27,7 +29,9 @@ async def lifespan(_: Litestar) -> AsyncGenerator[None]:
     async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
+            await session.execute(
+                text("CREATE TABLE IF NOT EXISTS note (title TEXT)")
+            )
         yield
 
 
@@ -41,7 +45,9 @@ async def post_note(title: Title) -> Response[None]:
 
 @post("/notes/{title:str}/copy", status_code=202)
 async def post_copy(title: Title) -> Response[None]:
-    return Response(None, background=BackgroundTask(add_note, f"copy of {title}"))
+    return Response(
+        None, background=BackgroundTask(add_note, f"copy of {title}")
+    )
 
 
 @get("/notes")
@@ -50,9 +56,11 @@ async def get_notes() -> Stream:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
+    await session.execute(
+        text("INSERT INTO note VALUES (:title)"), {"title": title}
+    )
     titles = (await session.scalars(text("SELECT title FROM note"))).all()
     return 201 if titles.count(title) == 1 else 409
 
@@ -67,5 +75,7 @@ app = Litestar(
     [post_note, post_copy, get_notes],
     lifespan=[lifespan],
     middleware=[ASGIHTTPDBSessionMiddleware],
-    logging_config=LoggingConfig(log_exceptions="always", configure_root_logger=False),
+    logging_config=LoggingConfig(
+        log_exceptions="always", configure_root_logger=False
+    ),
 )

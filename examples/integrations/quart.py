@@ -14,7 +14,9 @@ from context_async_sqlalchemy import (
     run_in_new_ctx,
 )
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
 
 app = Quart(__name__)
 app.asgi_app = ASGIHTTPDBSessionMiddleware(app.asgi_app)
@@ -25,7 +27,9 @@ async def lifespan() -> AsyncGenerator[None]:
     async with connect:
         async with new_db_session_ctx():
             session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
+            await session.execute(
+                text("CREATE TABLE IF NOT EXISTS note (title TEXT)")
+            )
         yield
 
 
@@ -46,9 +50,11 @@ async def get_notes() -> Response:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
+    await session.execute(
+        text("INSERT INTO note VALUES (:title)"), {"title": title}
+    )
     titles = (await session.scalars(text("SELECT title FROM note"))).all()
     return 201 if titles.count(title) == 1 else 409
 

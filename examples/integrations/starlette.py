@@ -2,28 +2,25 @@
 
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
-from sqlalchemy import text
+from sqlalchemy import Column, MetaData, Table, Text, insert, select
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx
-from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
+from context_async_sqlalchemy import DBConnect, db_session
+from context_async_sqlalchemy.starlette_utils import (
+    add_starlette_http_db_session_middleware,
+    database_lifespan,
+)
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///notes.db"))
-
-
-@asynccontextmanager
-async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await session.execute(text("CREATE TABLE IF NOT EXISTS note (title TEXT)"))
-        yield
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///notes.db")
+)
+metadata = MetaData()
+note = Table("note", metadata, Column("title", Text))
 
 
 async def post_note(request: Request) -> Response:
@@ -40,16 +37,16 @@ async def get_notes(_: Request) -> Response:
 
 
 async def add_note(title: str) -> int:
-    """Add a note; return the status of the response: 409, for a duplicate, rolls it back."""
+    """Add a note; return the status: 409, for a duplicate, rolls it back."""
     session = await db_session(connect)
-    await session.execute(text("INSERT INTO note VALUES (:title)"), {"title": title})
-    titles = (await session.scalars(text("SELECT title FROM note"))).all()
+    await session.execute(insert(note).values(title=title))
+    titles = (await session.scalars(select(note.c.title))).all()
     return 201 if titles.count(title) == 1 else 409
 
 
 async def read_notes() -> AsyncGenerator[bytes]:
     session = await db_session(connect)
-    for title in await session.scalars(text("SELECT title FROM note")):
+    for title in await session.scalars(select(note.c.title)):
         yield f"{title}\n".encode()
 
 
@@ -58,5 +55,7 @@ routes = [
     Route("/notes/{title}/copy", post_copy, methods=["POST"]),
     Route("/notes", get_notes),
 ]
-app = Starlette(routes=routes, lifespan=lifespan)
+app = Starlette(
+    routes=routes, lifespan=database_lifespan(connect, create_tables=metadata)
+)
 add_starlette_http_db_session_middleware(app)

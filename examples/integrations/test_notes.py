@@ -33,7 +33,11 @@ PROGRAMS = [
 
 
 @pytest.fixture(params=PROGRAMS)
-def notes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def notes(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'notes.db'}")
     return reload(import_module(request.param))
 
@@ -45,13 +49,17 @@ def db_connect(notes: Any) -> DBConnect:
 
 
 @pytest_asyncio.fixture
-async def client(notes: Any, shared_session: AsyncSession) -> AsyncGenerator[httpx.AsyncClient]:
+async def client(
+    notes: Any, shared_session: AsyncSession
+) -> AsyncGenerator[httpx.AsyncClient]:
     await shared_session.execute(text("CREATE TABLE note (title TEXT)"))
     await shared_session.commit()
     if notes.__name__.endswith("blacksheep"):
         await notes.application.start()
     transport = httpx.ASGITransport(app=notes.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test"
+    ) as client:
         yield client
 
 

@@ -26,9 +26,13 @@ def main() -> None:
         else:
             servers = stack.enter_context(primary_and_standby())
             urls = [server.url.replace("+asyncpg", "") for server in servers]
-            for name, server, url in zip(("primary", "replica"), servers, urls, strict=True):
+            for name, server, url in zip(
+                ("primary", "replica"), servers, urls, strict=True
+            ):
                 print(f"{name}: {url} in {server.data}", file=sys.stderr)
-        hosts = [f"{url.host}:{url.port or 5432}" for url in map(make_url, urls)]
+        hosts = [
+            f"{url.host}:{url.port or 5432}" for url in map(make_url, urls)
+        ]
         os.environ.setdefault(
             "COOKIE_SECRET", secrets.token_hex()
         )  # of all workers, with --workers

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import BackgroundTasks, FastAPI, HTTPException, Path, Query, Request
+from fastapi import (
+    BackgroundTasks,
+    FastAPI,
+    HTTPException,
+    Path,
+    Query,
+    Request,
+)
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from sqlalchemy.exc import IntegrityError
@@ -79,7 +86,9 @@ async def import_rows(rows: Rows, user: CurrentUser) -> ImportReport:
 
 
 @app.post("/tasks/process", status_code=202)
-async def process(task_ids: TaskIds, user: CurrentUser, background: BackgroundTasks) -> None:
+async def process(
+    task_ids: TaskIds, user: CurrentUser, background: BackgroundTasks
+) -> None:
     """Process tasks in this process, after the response."""
     await require(user, task_ids)
     background.add_task(process_in_background, user.id, task_ids)
@@ -98,7 +107,9 @@ async def read(task_id: TaskId, user: CurrentUser) -> Task:
 
 
 @app.patch("/tasks/{task_id}", response_model=TaskRead)
-async def update(task_id: TaskId, changes: TaskUpdate, user: CurrentUser) -> Task:
+async def update(
+    task_id: TaskId, changes: TaskUpdate, user: CurrentUser
+) -> Task:
     values = changes.model_dump(exclude_unset=True)
     return found(await TaskRepository(user.id).update(task_id, values))
 

@@ -44,9 +44,13 @@ async def get_optional_user(credentials: Credentials) -> User | None:
     return await session.get(User, user_id)
 
 
-async def get_current_user(user: Annotated[User | None, Depends(get_optional_user)]) -> User:
+async def get_current_user(
+    user: Annotated[User | None, Depends(get_optional_user)],
+) -> User:
     if user is None:
-        raise HTTPException(401, "log in first", headers={"WWW-Authenticate": "Bearer"})
+        raise HTTPException(
+            401, "log in first", headers={"WWW-Authenticate": "Bearer"}
+        )
     return user
 
 

@@ -11,8 +11,8 @@ is_sqlite = url.startswith("sqlite")
 connect = DBConnect.from_url(
     url,
     session_options={"class_": AsyncSession},
-    # SQLite has no other level. IMMEDIATE takes the write lock at BEGIN: a transaction that has
-    # already read could not wait for it.
+    # SQLite has no other level. IMMEDIATE takes the write lock at BEGIN: a
+    # transaction that has already read could not wait for it.
     isolation_level=None if is_sqlite else "SERIALIZABLE",
     connect_args={"timeout": settings.database_timeout}
     | ({"isolation_level": "IMMEDIATE"} if is_sqlite else {}),

@@ -48,7 +48,9 @@ class Task(Owned, table=True):
     category_id: int | None = Field(default=None, foreign_key="category.id")
     completed: bool = False
     processed: bool = False
-    deliveries_left: int = Field(default=0, index=True)  # attempts of the worker; 0: not queued
+    deliveries_left: int = Field(
+        default=0, index=True
+    )  # attempts of the worker; 0: not queued
 
 
 # JSON and URLs may contain NUL, which PostgreSQL refuses.

@@ -16,7 +16,7 @@ OwnedT = TypeVar("OwnedT", bound=Owned)
 
 
 class BaseRepository(Generic[RowT]):
-    """The rows of a table. Commits nothing: the code that opened the context does."""
+    """The rows of a table; commits nothing: who opened the context does."""
 
     def __init__(self, model: type[RowT]) -> None:
         self.model = model
@@ -27,9 +27,13 @@ class BaseRepository(Generic[RowT]):
 
     async def get(self, row_id: int) -> RowT | None:
         session = await db_session(connect)
-        return (await session.exec(self.visible().where(self.model.id == row_id))).one_or_none()
+        return (
+            await session.exec(self.visible().where(self.model.id == row_id))
+        ).one_or_none()
 
-    async def get_multi(self, *where: Any, skip: int = 0, limit: int = 100) -> Sequence[RowT]:
+    async def get_multi(
+        self, *where: Any, skip: int = 0, limit: int = 100
+    ) -> Sequence[RowT]:
         session = await db_session(connect)
         rows = self.visible().where(*where).order_by(col(self.model.id))
         return (await session.exec(rows.offset(skip).limit(limit))).all()
@@ -76,7 +80,11 @@ class CategoryRepository(OwnedRepository[Category]):
         a violated constraint, because both have looked first. That one is tried again.
         """
         found = await self.get_multi(Category.name == name)
-        return found[0] if found else await self.create(Category(user_id=self.user_id, name=name))
+        return (
+            found[0]
+            if found
+            else await self.create(Category(user_id=self.user_id, name=name))
+        )
 
 
 class TaskRepository(OwnedRepository[Task]):
@@ -85,7 +93,13 @@ class TaskRepository(OwnedRepository[Task]):
 
     async def get_many(self, task_ids: Sequence[int]) -> Sequence[Task]:
         session = await db_session(connect)
-        return (await session.exec(self.visible().where(col(Task.id).in_(task_ids)))).all()
+        return (
+            await session.exec(self.visible().where(col(Task.id).in_(task_ids)))
+        ).all()
 
-    async def get_pending(self, skip: int = 0, limit: int = 100) -> Sequence[Task]:
-        return await self.get_multi(col(Task.completed).is_(False), skip=skip, limit=limit)
+    async def get_pending(
+        self, skip: int = 0, limit: int = 100
+    ) -> Sequence[Task]:
+        return await self.get_multi(
+            col(Task.completed).is_(False), skip=skip, limit=limit
+        )

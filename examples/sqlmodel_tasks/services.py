@@ -13,8 +13,16 @@ from sqlmodel import col, func, select
 
 from context_async_sqlalchemy import atomic_db_session, db_session
 from examples.sqlmodel_tasks.database import connect
-from examples.sqlmodel_tasks.models import FailedRow, ImportReport, Task, TaskCreate
-from examples.sqlmodel_tasks.repositories import CategoryRepository, TaskRepository
+from examples.sqlmodel_tasks.models import (
+    FailedRow,
+    ImportReport,
+    Task,
+    TaskCreate,
+)
+from examples.sqlmodel_tasks.repositories import (
+    CategoryRepository,
+    TaskRepository,
+)
 
 TaskKey: TypeAlias = tuple[UUID, int]  # user id, task id
 
@@ -25,11 +33,15 @@ async def create_task(user_id: UUID, new: TaskCreate) -> Task:
     """Create a task, and its category if it is new: both or neither."""
     task = Task(user_id=user_id, title=new.title)
     if new.category is not None:
-        task.category_id = (await CategoryRepository(user_id).get_or_create(new.category)).id
+        task.category_id = (
+            await CategoryRepository(user_id).get_or_create(new.category)
+        ).id
     return await TaskRepository(user_id).create(task)
 
 
-async def import_tasks(user_id: UUID, rows: list[dict[str, Any]]) -> ImportReport:
+async def import_tasks(
+    user_id: UUID, rows: list[dict[str, Any]]
+) -> ImportReport:
     """Create tasks in the open transaction; a bad row fails alone."""
     report = ImportReport(imported=0, failed=[])
     for number, row in enumerate(rows):
@@ -38,7 +50,9 @@ async def import_tasks(user_id: UUID, rows: list[dict[str, Any]]) -> ImportRepor
                 await create_task(user_id, TaskCreate.model_validate(row))
             report.imported += 1
         except ValidationError as error:
-            report.failed.append(FailedRow(row=number, error=error.errors()[0]["msg"]))
+            report.failed.append(
+                FailedRow(row=number, error=error.errors()[0]["msg"])
+            )
         except IntegrityError:
             report.failed.append(FailedRow(row=number, error="there already"))
     return report
@@ -60,7 +74,12 @@ async def queue_tasks(user_id: UUID, task_ids: Sequence[int]) -> None:
 
 async def take_queued_tasks(limit: int) -> list[TaskKey]:
     """Take tasks from the queue; each stays queued, for a few deliveries, until it is processed."""
-    queued = select(Task).where(Task.deliveries_left > 0).order_by(col(Task.id)).limit(limit)
+    queued = (
+        select(Task)
+        .where(Task.deliveries_left > 0)
+        .order_by(col(Task.id))
+        .limit(limit)
+    )
     session = await db_session(connect)
     tasks = (await session.exec(queued)).all()
     for task in tasks:
@@ -70,9 +89,13 @@ async def take_queued_tasks(limit: int) -> list[TaskKey]:
 
 async def unprocessed_tasks(after: int, limit: int) -> list[TaskKey]:
     """Return the unprocessed tasks of all users with an id above `after`."""
-    rest = select(Task).where(col(Task.processed).is_(False), col(Task.id) > after)
+    rest = select(Task).where(
+        col(Task.processed).is_(False), col(Task.id) > after
+    )
     session = await db_session(connect)
-    return _keys((await session.exec(rest.order_by(col(Task.id)).limit(limit))).all())
+    return _keys(
+        (await session.exec(rest.order_by(col(Task.id)).limit(limit))).all()
+    )
 
 
 async def count_unprocessed_tasks() -> int:

@@ -14,14 +14,18 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(hide_input_in_errors=True)
 
     # Made anew by each process: one that stood here would be known to everybody.
-    jwt_secret: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_hex(32)))
+    jwt_secret: SecretStr = Field(
+        default_factory=lambda: SecretStr(secrets.token_hex(32))
+    )
     database_url: SecretStr = SecretStr("sqlite:///tasks.db")
     database_echo: bool = True
     database_pool_size: int = 2
     database_max_overflow: int = 5
     database_pool_pre_ping: bool = False
     database_pool_recycle: int = -1
-    database_timeout: int = 30  # seconds to wait for a connection; SQLite: for the write lock
+    database_timeout: int = (
+        30  # seconds to wait for a connection; SQLite: for the write lock
+    )
 
 
 class ProductionSettings(Settings):
@@ -40,12 +44,18 @@ class ProductionSettings(Settings):
 def load_settings() -> Settings:
     environment = os.environ.get("ENVIRONMENT", "production")
     if environment not in ("development", "production"):
-        raise ValueError(f"ENVIRONMENT must be development or production, not {environment!r}")
-    settings: type[Settings] = Settings if environment == "development" else ProductionSettings
+        raise ValueError(
+            f"ENVIRONMENT must be development or production, not {environment!r}"
+        )
+    settings: type[Settings] = (
+        Settings if environment == "development" else ProductionSettings
+    )
     try:
         return settings()
     except ValidationError as error:
-        error.add_note("On your own machine, ENVIRONMENT=development has defaults for the rest.")
+        error.add_note(
+            "On your own machine, ENVIRONMENT=development has defaults for the rest."
+        )
         raise
 
 

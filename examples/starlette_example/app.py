@@ -6,8 +6,7 @@ otherwise.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Literal, TypeAlias, get_args
 
@@ -24,31 +23,28 @@ from context_async_sqlalchemy import (
     close_db_session,
     commit_db_session,
     db_session,
-    new_db_session_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
     rollback_db_session,
     run_in_new_ctx,
 )
-from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
+from context_async_sqlalchemy.starlette_utils import (
+    add_starlette_http_db_session_middleware,
+    database_lifespan,
+)
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///workflows.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///workflows.db")
+)
 
 
 def setup_app() -> Starlette:
-    app = Starlette(routes=routes, lifespan=lifespan)
+    app = Starlette(
+        routes=routes,
+        lifespan=database_lifespan(connect, create_tables=Base.metadata),
+    )
     add_starlette_http_db_session_middleware(app)
     return app
-
-
-@asynccontextmanager
-async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-    """Create the tables at startup; close the connections at shutdown."""
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
 
 
 class Base(DeclarativeBase):
@@ -65,7 +61,9 @@ class Note(Base):
 async def notes(_: Request) -> JSONResponse:
     """Answer with the stored notes."""
     session = await db_session(connect)
-    return JSONResponse(list(await session.scalars(select(Note.text).order_by(Note.id))))
+    return JSONResponse(
+        list(await session.scalars(select(Note.text).order_by(Note.id)))
+    )
 
 
 async def simple_usage(_: Request) -> JSONResponse:
@@ -82,7 +80,7 @@ async def write(text: str) -> None:
 
 
 async def atomic(_: Request) -> JSONResponse:
-    """A block is committed at its end, or rolled back if it raises, whatever the request does."""
+    """A block is settled at its end, whatever the request does."""
     with suppress(ValueError):
         async with atomic_db_session(connect):
             await write("in a block that fails")
@@ -93,7 +91,9 @@ async def atomic(_: Request) -> JSONResponse:
     raise RuntimeError("the request fails")
 
 
-CurrentTransaction: TypeAlias = Literal["commit", "rollback", "append", "raise", "savepoint"]
+CurrentTransaction: TypeAlias = Literal[
+    "commit", "rollback", "append", "raise", "savepoint"
+]
 
 
 async def atomic_after_open_transaction(
@@ -139,7 +139,9 @@ async def early_close(_: Request) -> JSONResponse:
 
 async def concurrent_queries(_: Request) -> JSONResponse:
     """Each call has its own context and connection, and is committed at its end."""
-    await asyncio.gather(run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another"))
+    await asyncio.gather(
+        run_in_new_ctx(write, "one"), run_in_new_ctx(write, "another")
+    )
     return JSONResponse(None)
 
 
@@ -184,9 +186,15 @@ routes = [
     Route("/early_rollback", early_rollback, methods=["POST"]),
     Route("/early_close", early_close, methods=["POST"]),
     Route("/concurrent_queries", concurrent_queries, methods=["POST"]),
-    Route("/sessions_outside_the_context", sessions_outside_the_context, methods=["POST"]),
+    Route(
+        "/sessions_outside_the_context",
+        sessions_outside_the_context,
+        methods=["POST"],
+    ),
     Route("/rollback_by_exception", rollback_by_exception, methods=["POST"]),
-    Route("/rollback_by_status_code", rollback_by_status_code, methods=["POST"]),
+    Route(
+        "/rollback_by_status_code", rollback_by_status_code, methods=["POST"]
+    ),
 ]
 
 app = setup_app()

@@ -19,8 +19,12 @@ pytestmark = pytest.mark.asyncio
 @pytest_asyncio.fixture
 async def client() -> AsyncGenerator[httpx.AsyncClient]:
     """Return a client of the application on a real server; check that no connection leaks."""
-    listener = socket.create_server(("127.0.0.1", 0))  # clients wait until the server has started
-    server = uvicorn.Server(uvicorn.Config(setup_app(), log_config=None, ws="none"))
+    listener = socket.create_server(
+        ("127.0.0.1", 0)
+    )  # clients wait until the server has started
+    server = uvicorn.Server(
+        uvicorn.Config(setup_app(), log_config=None, ws="none")
+    )
     serving = asyncio.create_task(server.serve([listener]))
     try:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -31,7 +35,9 @@ async def client() -> AsyncGenerator[httpx.AsyncClient]:
     finally:
         server.should_exit = True
         await serving
-    assert connect.engine is None, "the application has not closed its connections"
+    assert connect.engine is None, (
+        "the application has not closed its connections"
+    )
 
 
 @pytest_asyncio.fixture
@@ -56,11 +62,21 @@ ERROR = "Internal Server Error"
 @pytest.mark.parametrize(
     ("path", "status", "answer", "rows"),
     [
-        ("/simple_usage", 200, "null", ["by the handler", "by a function that it calls"]),
+        (
+            "/simple_usage",
+            200,
+            "null",
+            ["by the handler", "by a function that it calls"],
+        ),
         ("/atomic", 500, ERROR, ["in a block"]),
         ("/early_commit", 500, ERROR, ["before the commit"]),
         ("/early_rollback", 200, "null", ["after the rollback"]),
-        ("/early_close", 200, "true", ["committed before the close", "after the close"]),
+        (
+            "/early_close",
+            200,
+            "true",
+            ["committed before the close", "after the close"],
+        ),
         (
             "/sessions_outside_the_context",
             500,
@@ -115,7 +131,9 @@ async def test_an_atomic_block_finds_a_transaction_open(
     assert await stored(session) == rows
 
 
-async def test_notes_are_read(client: httpx.AsyncClient, session: AsyncSession) -> None:
+async def test_notes_are_read(
+    client: httpx.AsyncClient, session: AsyncSession
+) -> None:
     session.add(Note(text="by the test"))
     await session.commit()
     response = await client.get("/notes")
@@ -135,7 +153,14 @@ async def test_concurrent_queries_have_connections_of_their_own(
 async def test_requests_at_the_same_time_are_transactions_of_their_own(
     client: httpx.AsyncClient, session: AsyncSession
 ) -> None:
-    paths = ["/simple_usage", "/rollback_by_status_code", "/rollback_by_exception"]
+    paths = [
+        "/simple_usage",
+        "/rollback_by_status_code",
+        "/rollback_by_exception",
+    ]
     responses = await asyncio.gather(*(client.post(path) for path in paths))
     assert [response.status_code for response in responses] == [200, 409, 500]
-    assert await stored(session) == ["by the handler", "by a function that it calls"]
+    assert await stored(session) == [
+        "by the handler",
+        "by a function that it calls",
+    ]

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +14,21 @@ from pydantic import BaseModel, StringConstraints, ValidationError
 from sqlalchemy import CheckConstraint, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from context_async_sqlalchemy import DBConnect, db_session, new_db_session_ctx, on_commit
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy import (
+    DBConnect,
+    db_session,
+    new_db_session_ctx,
+    on_commit,
+)
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+    database_lifespan,
+)
 from examples.websocket_chat.rooms import broadcast, deliver, joined
 
-connect = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite:///chat.db"))
+connect = DBConnect.from_url(
+    os.environ.get("DATABASE_URL", "sqlite:///chat.db")
+)
 
 
 class Base(DeclarativeBase):
@@ -49,25 +58,25 @@ WITHOUT_NUL = r"^[^\x00]*$"
 class Draft(BaseModel):
     """A message as a client sends it."""
 
-    author: Annotated[str, StringConstraints(min_length=1, max_length=40, pattern=WITHOUT_NUL)]
-    body: Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=WITHOUT_NUL)]
+    author: Annotated[
+        str, StringConstraints(min_length=1, max_length=40, pattern=WITHOUT_NUL)
+    ]
+    body: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=500, pattern=WITHOUT_NUL),
+    ]
 
 
 LONGEST = 8192  # of a draft as JSON, where a character may take twelve
-REFUSED = {"error": "A name has 1 to 40 characters, a message 1 to 500, without NUL."}
+REFUSED = {
+    "error": "A name has 1 to 40 characters, a message 1 to 500, without NUL."
+}
 
 
-@asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    async with connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
-        yield
-
-
-app = FastAPI(lifespan=lifespan)
-add_fastapi_http_db_session_middleware(app)  # for the history; WebSockets pass through it
+app = FastAPI(lifespan=database_lifespan(connect, create_tables=Base.metadata))
+add_fastapi_http_db_session_middleware(
+    app
+)  # for the history; WebSockets pass through it
 
 Room = Annotated[str, Query(min_length=1, max_length=40, pattern=WITHOUT_NUL)]
 
@@ -80,8 +89,16 @@ async def page() -> FileResponse:
 @app.get("/messages")
 async def history(room: Room) -> list[dict[str, Any]]:
     session = await db_session(connect)
-    newest = select(Message).filter_by(room=room).order_by(Message.id.desc()).limit(50)
-    return [message.as_json() for message in reversed((await session.scalars(newest)).all())]
+    newest = (
+        select(Message)
+        .filter_by(room=room)
+        .order_by(Message.id.desc())
+        .limit(50)
+    )
+    return [
+        message.as_json()
+        for message in reversed((await session.scalars(newest)).all())
+    ]
 
 
 @app.websocket("/chat")
@@ -104,8 +121,12 @@ async def chat(websocket: WebSocket, room: Room) -> None:
 
 def is_own_page(websocket: WebSocket) -> bool:
     """Return whether no page of another site connects: a browser would let it."""
-    origin = websocket.headers.get("origin")  # other clients than browsers send none
-    return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
+    origin = websocket.headers.get(
+        "origin"
+    )  # other clients than browsers send none
+    return origin is None or origin.partition("://")[
+        2
+    ] == websocket.headers.get("host")
 
 
 async def frames(websocket: WebSocket) -> AsyncGenerator[str | bytes]:

@@ -10,7 +10,9 @@ from starlette.websockets import WebSocket
 SLOW = 10  # seconds after which a client that does not read is dropped
 UNREAD = 100  # events that wait for a client; with one more it is dropped
 
-Outbox: TypeAlias = asyncio.Queue[dict[str, Any] | None]  # None: nothing follows
+Outbox: TypeAlias = asyncio.Queue[
+    dict[str, Any] | None
+]  # None: nothing follows
 
 members: dict[str, set[Outbox]] = {}
 
@@ -37,7 +39,9 @@ def leave(room: str, outbox: Outbox) -> None:
 def broadcast(room: str, event: dict[str, Any]) -> None:
     """Queue an event for everyone in a room; never waits, because the commit waits for it."""
     for outbox in list(members.get(room, ())):
-        if outbox.full():  # to leave an event out would be a gap that nobody sees
+        if (
+            outbox.full()
+        ):  # to leave an event out would be a gap that nobody sees
             leave(room, outbox)
             while not outbox.empty():
                 outbox.get_nowait()

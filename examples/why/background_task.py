@@ -7,8 +7,16 @@ from fastapi import BackgroundTasks, Depends, FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from examples.why.database import Booking, Guest, connect, lifespan, session_maker
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
+from examples.why.database import (
+    Booking,
+    Guest,
+    connect,
+    lifespan,
+    session_maker,
+)
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -33,7 +41,9 @@ async def welcome(session: AsyncSession, name: str) -> None:
 
 
 @before.post("/bookings/{seat}/{name}", status_code=201)
-async def book(seat: str, name: str, session: Session, background: BackgroundTasks) -> None:
+async def book(
+    seat: str, name: str, session: Session, background: BackgroundTasks
+) -> None:
     session.add(Booking(seat=seat))
     background.add_task(welcome, session, name)
 
@@ -49,7 +59,9 @@ async def welcome_with_context(name: str) -> None:
 
 
 @after.post("/bookings/{seat}/{name}", status_code=201)
-async def book_with_context(seat: str, name: str, background: BackgroundTasks) -> None:
+async def book_with_context(
+    seat: str, name: str, background: BackgroundTasks
+) -> None:
     session = await db_session(connect)
     session.add(Booking(seat=seat))
     background.add_task(welcome_with_context, name)

@@ -15,10 +15,14 @@ from context_async_sqlalchemy import DBConnect
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///tickets.db")
 
-engine = create_async_engine(DATABASE_URL, pool_size=1, max_overflow=0, pool_timeout=0.2)
+engine = create_async_engine(
+    DATABASE_URL, pool_size=1, max_overflow=0, pool_timeout=0.2
+)
 session_maker = async_sessionmaker(engine, expire_on_commit=False)
 
-connect = DBConnect.from_url(DATABASE_URL, pool_size=1, max_overflow=0, pool_timeout=0.2)
+connect = DBConnect.from_url(
+    DATABASE_URL, pool_size=1, max_overflow=0, pool_timeout=0.2
+)
 
 
 class Base(DeclarativeBase):

@@ -5,15 +5,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.middleware.base import RequestResponseEndpoint
 
 from context_async_sqlalchemy import db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 from examples.why.database import Booking, connect, lifespan, session_maker
 
 before = FastAPI(lifespan=lifespan)
 
 
 @before.middleware("http")
-async def commit_or_roll_back(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    async with session_maker() as session, session.begin():  # an exception rolls back
+async def commit_or_roll_back(
+    request: Request, call_next: RequestResponseEndpoint
+) -> Response:
+    async with (
+        session_maker() as session,
+        session.begin(),
+    ):  # an exception rolls back
         request.state.session = session
         return await call_next(request)
 

@@ -8,7 +8,9 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import async_scoped_session
 
 from context_async_sqlalchemy import db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
 from examples.why.database import Booking, connect, lifespan, session_maker
 
 
@@ -16,7 +18,9 @@ async def charge() -> None:
     """Call the bank, which takes its time."""
 
 
-scoped_session = async_scoped_session(session_maker, scopefunc=asyncio.current_task)
+scoped_session = async_scoped_session(
+    session_maker, scopefunc=asyncio.current_task
+)
 
 
 async def transaction() -> AsyncGenerator[None]:

@@ -7,8 +7,16 @@ from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 
 from context_async_sqlalchemy import atomic_db_session, db_session
-from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
-from examples.why.database import Booking, Guest, connect, lifespan, session_maker
+from context_async_sqlalchemy.fastapi_utils import (
+    add_fastapi_http_db_session_middleware,
+)
+from examples.why.database import (
+    Booking,
+    Guest,
+    connect,
+    lifespan,
+    session_maker,
+)
 
 before = FastAPI(lifespan=lifespan)
 

@@ -12,7 +12,8 @@ next_tasks = retry_on_transient_error(attempts=5)(services.unprocessed_tasks)
 
 
 async def in_batches(
-    work: Callable[[list[TaskKey]], Awaitable[None]], done: Callable[[int], None] = lambda _: None
+    work: Callable[[list[TaskKey]], Awaitable[None]],
+    done: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Call `work` for each batch, and `done` with its size; return how many have failed."""
     failed = after = 0
@@ -21,7 +22,9 @@ async def in_batches(
         try:
             await work(tasks)
         except Exception:
-            logging.exception("Nothing was done for the %s tasks up to %s", len(tasks), after)
+            logging.exception(
+                "Nothing was done for the %s tasks up to %s", len(tasks), after
+            )
             failed += 1
         else:
             done(len(tasks))

@@ -23,7 +23,9 @@ async def main() -> int:
         with Progress() as progress:
             total = await run_in_new_ctx(services.count_unprocessed_tasks)
             bar = progress.add_task("Tasks", total=total)
-            return await in_batches(process, lambda count: progress.advance(bar, count))
+            return await in_batches(
+                process, lambda count: progress.advance(bar, count)
+            )
 
 
 if __name__ == "__main__":

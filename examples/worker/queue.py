@@ -38,7 +38,10 @@ async def deliver() -> int:
 async def work() -> None:
     """Deliver queued tasks until SIGINT or SIGTERM, then finish those in progress."""
     stopped = asyncio.Event()
-    for number in signal.SIGINT, signal.SIGTERM:  # taskiq swallows a cancellation
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # taskiq swallows a cancellation
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await broker.startup()
     async with connect:

@@ -13,8 +13,8 @@ def migrate(connection: Connection) -> None:
     context.configure(
         connection,
         target_metadata=Base.metadata,
-        render_as_batch=True,  # SQLite cannot alter a table: Alembic makes a new one
-        transactional_ddl=True,  # on SQLite too, where Alembic's default is False
+        render_as_batch=True,  # SQLite cannot alter a table: a new one
+        transactional_ddl=True,  # on SQLite too: the default is False
     )
     with context.begin_transaction():
         context.run_migrations()

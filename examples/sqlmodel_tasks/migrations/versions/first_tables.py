@@ -21,7 +21,9 @@ def upgrade() -> None:
         sa.Column("user_id", sa.Uuid(), nullable=False),
         sa.Column("name", sa.String(100), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_category"),
-        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="fk_category_user_id"),
+        sa.ForeignKeyConstraint(
+            ["user_id"], ["user_account.id"], name="fk_category_user_id"
+        ),
         sa.UniqueConstraint("user_id", "name", name="uq_category_user_id_name"),
     )
     op.create_table(
@@ -34,8 +36,12 @@ def upgrade() -> None:
         sa.Column("processed", sa.Boolean(), nullable=False),
         sa.Column("deliveries_left", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_task"),
-        sa.ForeignKeyConstraint(["user_id"], ["user_account.id"], name="fk_task_user_id"),
-        sa.ForeignKeyConstraint(["category_id"], ["category.id"], name="fk_task_category_id"),
+        sa.ForeignKeyConstraint(
+            ["user_id"], ["user_account.id"], name="fk_task_user_id"
+        ),
+        sa.ForeignKeyConstraint(
+            ["category_id"], ["category.id"], name="fk_task_category_id"
+        ),
         sa.UniqueConstraint("user_id", "title", name="uq_task_user_id_title"),
     )
     op.create_index("ix_task_deliveries_left", "task", ["deliveries_left"])

@@ -1,0 +1,17 @@
+import pytest
+import quickstart
+
+from context_async_sqlalchemy import DBConnect
+from context_async_sqlalchemy.asgi_types import ASGIApp
+
+pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
+
+
+@pytest.fixture
+def db_connect() -> DBConnect:
+    return quickstart.connect
+
+
+@pytest.fixture
+def app() -> ASGIApp:
+    return quickstart.app
