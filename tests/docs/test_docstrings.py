@@ -7,7 +7,8 @@ import asyncio
 import inspect
 import re
 import textwrap
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
+from sqlalchemy import MetaData, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
@@ -26,9 +28,13 @@ from context_async_sqlalchemy import (
     DBConnect,
     db_session,
     fastapi_utils,
+    idempotency,
     new_db_session_ctx,
+    new_non_ctx_atomic_session,
+    observability,
     postgres,
     pytest_plugin,
+    replicas,
     starlette_utils,
     test_utils,
 )
@@ -36,7 +42,8 @@ from tests.helpers.public import public_names
 
 MODULES = [
     context_async_sqlalchemy,
-    *(fastapi_utils, starlette_utils, postgres, pytest_plugin, test_utils),
+    *(fastapi_utils, starlette_utils, idempotency, observability, postgres, pytest_plugin),
+    *(replicas, test_utils),
 ]
 SECTIONS = re.compile(r"^(?:Args|Attributes|Raises|Returns|Yields):$", re.MULTILINE)
 EXAMPLE = re.compile(r"(?:^ {4}.*\n(?:\n(?= {4}))?)+", re.MULTILINE)
@@ -96,23 +103,41 @@ async def names_of(connect: DBConnect) -> dict[str, Any]:
     return {name: getattr(module, name) for module in MODULES for name in public_names(module)} | {
         **{"Annotated": Annotated, "AsyncSession": AsyncSession, "Depends": Depends},
         **{"Route": Route, "Starlette": Starlette, "asyncio": asyncio, "partial": partial},
-        **{"Member": Member, "User": User},
+        **{"Member": Member, "User": User, "select": select},
         "user": SimpleNamespace(email="ann@example.com"),
         **{"connect": connect, "connection": connect, "password": "secret", "app": app},
-        **{"load_orders": load, "load_users": load, "send_welcome_mail": send},
+        **{"keys": idempotency.idempotency_table(MetaData()), "user_of": str},
+        **{"primary": connect, "replica": connect, "database": connect, "SECRET": "x" * 16},
+        **{"load_orders": load, "load_users": load, "load_report": load, "send_welcome_mail": send},
         "client": httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test"),
     }
 
 
+@asynccontextmanager
+async def tables(connect: DBConnect) -> AsyncGenerator[None]:
+    async def run(change: Callable[..., None]) -> None:
+        async with new_non_ctx_atomic_session(connect) as session:
+            await (await session.connection()).run_sync(change)
+
+    await run(Base.metadata.create_all)
+    yield
+    await run(Base.metadata.drop_all)
+
+
+@pytest.fixture
+def example_url(owner: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Return the URL of a database that the example is for."""
+    if owner == "same_snapshot":
+        return str(request.getfixturevalue("postgresql"))
+    return f"sqlite:///{tmp_path / 'docstrings.db'}"
+
+
 @pytest.mark.parametrize("owner", EXAMPLES)
-async def test_an_example_in_a_docstring_runs(owner: str, tmp_path: Path) -> None:
-    async with DBConnect.from_url(f"sqlite:///{tmp_path / 'docstrings.db'}") as connect:
-        async with new_db_session_ctx():
-            session = await db_session(connect)
-            await (await session.connection()).run_sync(Base.metadata.create_all)
+async def test_an_example_in_a_docstring_runs(owner: str, example_url: str) -> None:
+    async with DBConnect.from_url(example_url) as connect, tables(connect):
         names = await names_of(connect)
         async with AsyncExitStack() as stack:
-            if owner in ("atomic_db_session", "on_commit"):
+            if owner in ("atomic_db_session", "on_commit", "on_primary"):
                 await stack.enter_async_context(new_db_session_ctx())
             flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             result = eval(compile(EXAMPLES[owner], owner, "exec", flags), names)

@@ -12,9 +12,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import text
 from sqlalchemy.exc import (
-    InvalidRequestError,
     OperationalError,
-    SAWarning,
     TimeoutError as PoolTimeoutError,
 )
 
@@ -74,36 +72,6 @@ async def test_statements_at_once_on_one_session_run_one_after_another(
         await asyncio.gather(query(), query())
         assert time.monotonic() - began >= 0.2
         assert connections_out(connect) == 1
-
-
-async def test_two_tasks_that_open_the_connection_of_one_session_are_told_what_to_do(
-    connect: DBConnect, database: Database
-) -> None:
-    async def query() -> None:
-        session = await db_session(connect)
-        await session.execute(text("SELECT 1"))
-
-    with pytest.raises(InvalidRequestError) as caught:
-        async with new_db_session_ctx():
-            await asyncio.gather(query(), query())
-    assert caught.value.code == "isce"
-    assert "run_in_new_ctx" in "".join(caught.value.__notes__)
-    await until(lambda: connections_out(connect) == 0)
-
-
-async def test_a_flush_beside_another_of_the_same_session_is_warned_of(
-    connect: DBConnect, database: Database
-) -> None:
-    async def write(name: str) -> None:
-        session = await db_session(connect)
-        session.add(Item(name=name))
-        await session.flush()
-
-    with pytest.raises(SAWarning, match="not currently supported"):
-        async with new_db_session_ctx():
-            await (await db_session(connect)).connection()
-            await asyncio.gather(write("a"), write("b"))
-    assert await database.names() == []
 
 
 async def add(connect: DBConnect, name: str) -> None:

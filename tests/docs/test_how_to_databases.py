@@ -59,6 +59,7 @@ async def test_the_health_tells_of_the_pool(visits: Any, postgresql: str) -> Non
             "checked_out": 0,
             "overflow": 0,
             "capacity": 10,
+            "waiting": 0,
         }
         assert await Outside(postgresql).rows("SELECT page FROM visit") == ["home"]
     assert is_all_closed(visits)

@@ -52,6 +52,23 @@ async def test_the_report_commits_itself(chores: httpx.AsyncClient, url: str) ->
     assert await Outside(url).rows("SELECT owner FROM chore") == ["bob"]
 
 
+# Deadlines
+
+
+async def test_reports_have_deadlines(
+    postgresql: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = load_program(monkeypatch, "deadlines", DATABASE_URL=postgresql)
+    async with http_client(program.app) as client:
+        late, long = await asyncio.gather(
+            client.get("/reports/30"), client.get("/long-reports/2.2")
+        )
+        assert (late.status_code, late.json()) == (504, {"detail": "Gateway Timeout"})
+        assert (long.status_code, long.json()) == (200, "done")
+        assert program.connect.pool_status().checked_in == 2  # no connection was lost
+    assert program.connect.engine is None
+
+
 # Health and errors
 
 
@@ -98,7 +115,7 @@ async def test_the_application_does_not_start_without_its_database(
 
     async def no_pause(_: float) -> None: ...
 
-    monkeypatch.setattr("context_async_sqlalchemy.connect.asyncio.sleep", no_pause)
+    monkeypatch.setattr("context_async_sqlalchemy._engine.readiness.asyncio.sleep", no_pause)
     with (
         caplog.at_level(logging.WARNING, "context_async_sqlalchemy"),
         pytest.raises(ConnectionRefusedError),

@@ -24,6 +24,7 @@ from context_async_sqlalchemy import DBConnect
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from tests.helpers.asgi import add
 from tests.helpers.models import Item
+from tests.helpers.observed import forgetting_observers
 from tests.helpers.programs import ROOT, until
 from tests.helpers.serving import http_client
 
@@ -36,8 +37,10 @@ def program(postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Generator[Any]:
     monkeypatch.setenv("LEAK_DETECTION_THRESHOLD", "0.05")
     # Not reloaded: SQLAlchemy is instrumented once.
     monkeypatch.delitem(sys.modules, NAME, raising=False)
-    program = importlib.import_module(NAME)
-    yield program
+    with forgetting_observers():
+        program = importlib.import_module(NAME)
+        yield program
+    program.meter_provider.shutdown()
     FastAPIInstrumentor.uninstrument_app(program.app)
     SQLAlchemyInstrumentor().uninstrument()
     program.tracer_provider.shutdown()
@@ -139,6 +142,19 @@ async def test_the_pool_is_measured_when_prometheus_asks(
     for session in sessions:
         await session.close()
     assert await metrics() == {idle: 2, used: 0, capacity: 15}
+
+
+async def test_a_request_with_many_statements_is_told_of(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_told() -> bool:  # after the response
+        return "GET /many sent 11 statements" in caplog.text
+
+    with caplog.at_level(logging.WARNING, "shop"):
+        assert (await client.get("/tables")).status_code == 200
+        assert (await client.get("/many")).status_code == 200
+        await until(is_told)
+    assert [record.name for record in caplog.records].count("shop") == 1
 
 
 async def test_what_holds_a_connection_meanwhile_is_named(

@@ -92,6 +92,24 @@ async def test_a_mutation_that_is_a_unit_of_work_is_apart(graphql: Any) -> None:
     assert await graphql.outside.rows(BALANCES) == [*UNTOUCHED, ("cid", 1)]
 
 
+async def test_concurrent_resolvers_of_concurrent_clients_are_answered_on_a_cold_pool(
+    graphql: Any,
+) -> None:
+    await graphql.connect.engine.dispose()
+    fields = " ".join(f'a{n}: balance(account: "ann")' for n in range(4))
+    answers = await asyncio.gather(*(ask(graphql, fields, "query") for _ in range(30)))
+    assert answers == [{"data": dict.fromkeys(("a0", "a1", "a2", "a3"), 100)}] * 30
+
+
+async def test_of_concurrent_clients_those_store_nothing_whose_mutation_fails(
+    graphql: Any,
+) -> None:
+    mutations = [TRANSFER.format(target, 1) for target in ("bob", "nobody") * 8]
+    answers = await asyncio.gather(*(ask(graphql, mutation) for mutation in mutations))
+    assert ["errors" in answer for answer in answers] == [False, True] * 8
+    assert await graphql.outside.rows(BALANCES) == [("ann", 92), ("bob", 8)]
+
+
 async def test_a_query_of_more_fields_than_anybody_needs_is_refused(graphql: Any) -> None:
     fields = " ".join(OPEN.format(f"a{number}", 1) for number in range(200))
     assert "200 aliases found" in (await ask(graphql, fields))["errors"][0]["message"]
@@ -213,6 +231,15 @@ async def test_a_call_that_fails_stores_nothing_and_is_answered_by_the_protocol(
     assert answer == {"error": {"code": -32000, "message": "not available"}}
     assert await rpc(stock, "nothing") == {"error": {"code": -32000, "message": "KeyError"}}
     assert await stock.outside.rows(STOCK) == [("pen", 1)]
+
+
+async def test_of_concurrent_clients_those_store_nothing_whose_call_fails(stock: Any) -> None:
+    answers = await asyncio.gather(*(rpc(stock, "take", names=["pen"]) for _ in range(20)))
+    assert sorted(answers, key=str) == [
+        *[{"error": {"code": -32000, "message": "not available"}}] * 18,
+        *[{"result": 1}] * 2,
+    ]
+    assert await stock.outside.rows(STOCK) == [("pen", 0)]
 
 
 async def test_the_calls_of_a_batch_are_apart(stock: Any) -> None:

@@ -68,6 +68,12 @@ def test_what_is_replaced_is_listed() -> None:
         for target in node.targets
         if isinstance(target, ast.Attribute)
     }
+    for node in NODES:
+        match node:
+            case ast.Call(
+                func=ast.Name(id="replace_of_dialect"), args=[_, ast.Constant(value=str(name)), _]
+            ):
+                replaced.add(f"dialect.{name}")
     for name in ("do_commit", "do_close", "get_bind", "__call__", "dbapi_connection"):
         assert any(target.endswith(f".{name}") for target in replaced)
         assert f"{name}`" in PAGE

@@ -7,7 +7,7 @@ import gc
 import re
 import warnings
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,16 @@ async def context_in_a_context(_: DBConnect) -> None:
         init_db_session_ctx()
 
 
+async def session_without_await(connect: DBConnect) -> None:
+    with closing(db_session(connect)) as session:
+        session.execute(select(1))  # type: ignore[attr-defined]
+
+
+async def block_for_a_session(_: DBConnect) -> None:
+    async with new_db_session_ctx() as session:
+        session.execute(select(1))  # type: ignore[attr-defined]
+
+
 async def read_after_rollback(connect: DBConnect) -> None:
     async with new_db_session_ctx():
         await add(connect, "a")
@@ -78,9 +88,33 @@ async def read_after_rollback(connect: DBConnect) -> None:
         assert item.name
 
 
-async def queries_at_once(connect: DBConnect) -> None:
-    async with new_db_session_ctx():
-        await asyncio.gather(add(connect, "a"), add(connect, "b"))
+async def task_that_is_not_awaited(connect: DBConnect) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(new_db_session_ctx())
+        session = await db_session(connect)
+        await session.connection()
+        task = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.1)")))
+        stack.push_async_callback(asyncio.sleep, 0)
+    with suppress(Exception):
+        await task
+
+
+async def savepoint_that_waits(connect: DBConnect) -> None:
+    await connect.session_maker()
+    assert connect.engine is not None
+    impatient = DBConnect.from_url(connect.engine.url, pool_timeout=0.01)
+    async with impatient, new_db_session_ctx():
+        session = await db_session(impatient)
+        inside = asyncio.Event()
+
+        async def read() -> None:
+            await inside.wait()
+            await session.execute(select(1))
+
+        task = asyncio.create_task(read())
+        async with session.begin_nested():
+            inside.set()
+            await task
 
 
 async def swallowed_error(connect: DBConnect) -> None:
@@ -145,7 +179,10 @@ PROVOCATIONS: dict[str, Callable[[DBConnect], Awaitable[None]]] = {
     "ContextClosedError": task_that_outlives,
     "ContextAlreadyInitiatedError": context_in_a_context,
     "MissingGreenlet": read_after_rollback,
-    "Two tasks use one session": queries_at_once,
+    "A task still uses the session": task_that_is_not_awaited,
+    "Another task is inside a savepoint": savepoint_that_waits,
+    "'coroutine' object has no attribute": session_without_await,
+    "A context is no session": block_for_a_session,
     "A transaction is already begun": transaction_in_a_transaction,
     "PendingRollbackError at the commit": swallowed_error,
     "QueuePool limit": full_pool,
@@ -199,14 +236,24 @@ async def test_what_is_said_on_sqlite_of_an_expired_attribute(sqlite_connect: DB
             gc.collect()
 
 
+async def test_what_python_says_of_a_session_that_is_not_awaited(connect: DBConnect) -> None:
+    said = "'coroutine' object does not support the asynchronous context manager protocol"
+    assert said in " ".join(PAGE.split())
+    with closing(db_session(connect)) as session, pytest.raises(TypeError, match=said):
+        async with session:  # type: ignore[attr-defined]
+            pass
+    assert "was never awaited" in PAGE
+    with pytest.warns(RuntimeWarning, match="coroutine 'db_session' was never awaited"):
+        db_session(connect)  # type: ignore[unused-coroutine]
+
+
 def test_every_message_is_provoked() -> None:
     assert {*MESSAGES} == {*PROVOCATIONS, "database is locked"}
 
 
 async def test_what_sqlalchemy_says_of_two_tasks(connect: DBConnect) -> None:
     said: list[object] = []
-    async with new_db_session_ctx():
-        session = await db_session(connect)
+    async with new_non_ctx_session(connect) as session:
         said += await asyncio.gather(
             *(session.execute(text("SELECT 1")) for _ in range(2)), return_exceptions=True
         )
