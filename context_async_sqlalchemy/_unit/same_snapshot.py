@@ -126,12 +126,21 @@ async def _begin(sessions: list[SessionT]) -> None:
     first, *others = sessions
     await _take(first, {})
     snapshot = await first.scalar(text("SELECT pg_export_snapshot()"))
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for session in others:
-                tasks.create_task(_take(session, {SNAPSHOT: snapshot}))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    errors: list[Exception] = []
+
+    async def take(session: AsyncSession) -> None:
+        # The error of one does not cancel the others: asyncpg 0.30 forgets a connection that is
+        # being opened then, and SQLAlchemy before #13699 one that is being reset.
+        try:
+            await _take(session, {SNAPSHOT: snapshot})
+        except Exception as error:
+            errors.append(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        for session in others:
+            tasks.create_task(take(session))
+    if errors:
+        raise errors.pop(0)
 
 
 async def _take(session: AsyncSession, options: dict[str, Any]) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from context_async_sqlalchemy._engine.from_url import create_engine
 from context_async_sqlalchemy._engine.url import parse_url
-from tests.helpers.database import Database
+from tests.helpers.database import LOST, Database
 from tests.helpers.proxy import Call, Fault, proxy
 
 PING = "SELECT 1"
@@ -163,7 +162,7 @@ async def test_the_first_request_after_the_server_hung_up_succeeds(
             await database.terminate(pid)
         await asyncio.sleep(0.02)
         if not pings:  # it is the ping that makes the difference
-            with pytest.raises(DBAPIError):
+            with pytest.raises(LOST):
                 await request(engine)
             return
         for _ in range(3):

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from sqlalchemy import URL, NullPool, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -23,6 +24,10 @@ from context_async_sqlalchemy import DBConnect
 from tests.helpers.connections import connections_out
 from tests.helpers.names import unique_name
 from tests.helpers.pgbouncer import CONNECT_ARGS
+
+# What a statement on a connection that the server has ended raises: SQLAlchemy does not wrap what
+# asyncpg raises if it is in the middle of noticing.
+LOST = (DBAPIError, asyncpg.InternalClientError)
 
 
 def server_url() -> URL:

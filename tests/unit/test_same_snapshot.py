@@ -33,7 +33,7 @@ from tests.helpers.asgi import add
 from tests.helpers.cancelling import Steps, cancel_at
 from tests.helpers.cluster import primary_and_standby
 from tests.helpers.connections import connections_out
-from tests.helpers.database import Database, assert_clean, checked_connect
+from tests.helpers.database import LOST, Database, assert_clean, checked_connect
 from tests.helpers.models import Item
 
 SNAPSHOT = text("SELECT pg_current_snapshot()::text, pg_backend_pid()")
@@ -243,7 +243,7 @@ async def test_a_connection_that_is_lost_does_not_keep_the_others(
         pid = await sessions[1].scalar(text("SELECT pg_backend_pid()"))
         assert pid is not None
         await database.terminate(pid)
-        with pytest.raises(DBAPIError):
+        with pytest.raises(LOST):
             await sessions[1].scalar(COUNT)
         assert await sessions[0].scalar(COUNT) == await sessions[2].scalar(COUNT) == 0
     async with same_snapshot(connect, 5) as sessions:
@@ -267,6 +267,26 @@ async def test_an_exporter_that_is_lost_is_the_error_of_the_block(
             pytest.fail("there is no snapshot")
     monkeypatch.undo()
     await assert_clean(connect, database)
+
+
+async def test_a_failure_does_not_cancel_the_others_as_they_open_a_connection(
+    connect: DBConnect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, sessions, taken = snapshots._take, list[AsyncSession](), list[AsyncSession]()
+
+    async def take_or_fail(session: AsyncSession, options: dict[str, Any]) -> None:
+        sessions.append(session)
+        if len(sessions) == 3:
+            raise OSError("no route to host")
+        await take(session, options)
+        taken.append(session)
+
+    monkeypatch.setattr(snapshots, "_take", take_or_fail)
+    with pytest.raises(OSError, match="no route"):
+        async with same_snapshot(connect, 5):
+            pytest.fail("one session has no connection")
+    assert len(sessions) == 5
+    assert len(taken) == 4
 
 
 async def warm(connect: DBConnect) -> None:
