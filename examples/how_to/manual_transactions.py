@@ -1,17 +1,19 @@
-"""An order that is durable before it is charged, and holds no connection meanwhile."""
+"""Orders that are committed, rolled back or closed before the request ends."""
 
 import logging
 import os
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from context_async_sqlalchemy import (
     DBConnect,
+    atomic_db_session,
     close_db_session,
     commit_db_session,
     db_session,
     new_non_ctx_atomic_session,
+    rollback_db_session,
 )
 from context_async_sqlalchemy.fastapi_utils import (
     add_fastapi_http_db_session_middleware,
@@ -79,3 +81,23 @@ async def show_order(order_id: int) -> str:
 async def locate(order_id: int) -> str:
     logging.info("%s is looked for", order_id)  # call your parcel service here
     return "on its way"
+
+
+@app.post("/orders", status_code=201)
+async def place_orders(articles: list[str]) -> None:
+    """Stop at what is not for sale: the orders before it stay."""
+    for article in articles:
+        async with atomic_db_session(connect) as session:
+            session.add(Order(article=article, state="new"))
+            if article == "the moon":
+                raise HTTPException(422, f"{article} is not for sale")
+
+
+@app.post("/orders/{article}/check", status_code=204)
+async def check_order(article: str) -> None:
+    """Have the database check an order; store only that it was asked for."""
+    session = await db_session(connect)
+    session.add(Order(article=article, state="new"))
+    await session.flush()
+    await rollback_db_session(connect)
+    session.add(Attempt(article=article))

@@ -113,6 +113,19 @@ async def test_a_query_holds_a_connection_until_its_session_is_closed(
         assert (await request).json() == "tea: paid, done"
 
 
+async def test_orders_that_were_placed_stay_though_the_request_fails(orders: Any, url: str) -> None:
+    response = await orders.client.post("/orders", json=["tea", "milk", "the moon", "bread"])
+    assert (response.status_code, response.json()["detail"]) == (422, "the moon is not for sale")
+    placed = await Outside(url).rows("SELECT article FROM charged_order ORDER BY id")
+    assert placed == ["tea", "milk"]
+
+
+async def test_the_request_goes_on_after_a_rollback_and_is_committed(orders: Any, url: str) -> None:
+    assert (await orders.client.post("/orders/tea/check")).status_code == 204
+    assert await Outside(url).rows("SELECT article FROM charged_order") == []
+    assert await Outside(url).rows("SELECT article FROM order_attempt") == ["tea"]
+
+
 async def test_what_becomes_of_objects_when_a_transaction_is_ended_by_hand(
     connect: DBConnect, database: Database
 ) -> None:

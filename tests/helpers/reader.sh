@@ -44,14 +44,6 @@ work() {
     done
 }
 
-# Goes to another directory with a copy of one of the examples.
-in_a_copy() {
-    if [ -e "$1" ]; then return; fi
-    mkdir -p ../copied
-    cp -r "examples/$1" ../copied
-    cd ../copied
-}
-
 is_running() {
     kill -0 "$1" || { echo "it has ended by itself" >&2; exit 1; }
 }

@@ -51,7 +51,7 @@ class Place:
 
     def read(self, reader: Reader, database: URL | None, *, with_pip: bool = False) -> str:
         """Do what the reader does, and return what it prints; fail if a command does."""
-        for name in ("venv", "here", "copied"):
+        for name in ("venv", "here"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         here = self.directory / "here"
         if is_in_the_repository(reader):
@@ -144,22 +144,12 @@ def command_lines(command: str, port: str, database: URL | None) -> list[str]:
         where = (
             f"--bind 127.0.0.1:{port}" if name in ("gunicorn", "hypercorn") else f"--port {port}"
         )
-        served = f"{variables}serve {name} {where} {rest}"
-        return [*copy_of(re.search(r"([\w.]+):\w", rest)), served]
+        return [f"{variables}serve {name} {where} {rest}"]
     if command_of_worker := [worker for worker in WORKERS if found[2].startswith(worker)]:
         return [f"{variables}work {command_of_worker[0]}"]
     if name == "python" and words[0] == "-m" and takes_port(words[1]):
         return [f"{variables}serve python -m {words[1]} --port {port} {' '.join(words[2:])}"]
-    if name == "pytest":
-        return [*copy_of(re.search(r"(?:^| )(\w+)$", rest)), command]
     return [command]
-
-
-def copy_of(module: re.Match[str] | None) -> list[str]:
-    """Return what goes to a copy of an example, for a command that is run beside one."""
-    name = module[1].partition(".")[0] if module else ""
-    is_example = name and (ROOT / "examples" / name).is_dir() and not (ROOT / name).exists()
-    return [f"in_a_copy {name}"] if is_example else []
 
 
 def takes_port(module: str) -> bool:

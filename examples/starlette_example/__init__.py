@@ -1,1 +1,0 @@
-"""The workflows of a session in Starlette: a package, because its tests import `.app`."""
