@@ -1,5 +1,6 @@
 import pytest
 import quickstart
+from starlette.testclient import TestClient
 
 from context_async_sqlalchemy import DBConnect
 from context_async_sqlalchemy.asgi_types import ASGIApp
@@ -15,3 +16,9 @@ def db_connect() -> DBConnect:
 @pytest.fixture
 def app() -> ASGIApp:
     return quickstart.app
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables() -> None:
+    with TestClient(quickstart.app):  # its lifespan creates them
+        pass

@@ -1,9 +1,9 @@
+import httpx
 import pytest
 from sqlalchemy.exc import IntegrityError
-from starlette.testclient import TestClient
 
 
-def test_a_note_is_stored_once(shared_client: TestClient) -> None:
-    assert shared_client.post("/notes/bread").status_code == 201
+async def test_a_note_is_stored_once(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/notes/bread")).status_code == 201
     with pytest.raises(IntegrityError):
-        shared_client.post("/notes/bread")
+        await client.post("/notes/bread")

@@ -82,6 +82,7 @@ FIRST_TEST = {
     "conftest.py": "examples/quickstart_conftest.py",
     "test_quickstart.py": "examples/quickstart_tests.py",
 }
+SETTINGS = re.search(r"as `pyproject.toml`:\n\n```toml\n(.*?)```", STARTED, re.DOTALL)
 
 
 def test_the_first_test_is_shown_whole() -> None:
@@ -92,13 +93,15 @@ def test_the_first_test_is_shown_whole() -> None:
 
 def run_first_test(directory: Path, quickstart: str) -> subprocess.CompletedProcess[str]:
     """Run the first test as a reader does, beside a quickstart."""
+    assert SETTINGS is not None
+    (directory / "pyproject.toml").write_text(SETTINGS[1])
     (directory / "quickstart.py").write_text(quickstart)
     for name, example in FIRST_TEST.items():
         shutil.copy(ROOT / example, directory / name)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin"],
         cwd=directory,
-        # Of pytest's plugins, the reader has none.
+        # Of pytest's plugins, the reader has no other.
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
 import shutil
 import sys
+import tomllib
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from tests.helpers.serving import http_client
 
 TUTORIAL = ROOT / "examples" / "tutorial"
 COMPLETE = TUTORIAL / "complete"
+STARTED = (ROOT / "docs" / "getting-started.md").read_text()
+TESTING = (ROOT / "docs" / "testing.md").read_text()
 STEPS = sorted(path.name for path in TUTORIAL.glob("step*"))
 
 FIRST = "examples.tutorial.step1_model.app"
@@ -178,20 +182,44 @@ async def test_readers_are_told_of_what_is_committed(
     assert await Outside(url).rows("SELECT reminded FROM loan") == [True]
 
 
-async def test_the_tests_of_every_step_pass_in_a_copy_and_leave_nothing(
-    copy: Copy, url: str
+TESTS_OF = dict(zip([*STEPS, "complete"], [2, 3, 6, 9, 11, 14], strict=True))
+
+
+@pytest.mark.parametrize("step", TESTS_OF)
+async def test_the_tests_of_a_step_pass_in_a_copy_and_leave_no_row(
+    step: str, copy: Copy, url: str
 ) -> None:
-    command = ["-m", "pytest", "-p", "no:cacheprovider", *STEPS]
-    output = await copy.run(".", *command, TEST_DATABASE_URL=url)
-    assert "31 passed" in output
-    assert await tables(url) == []
-
-
-async def test_the_tests_of_the_application_pass_in_a_copy(copy: Copy, url: str) -> None:
     command = ["-m", "pytest", "-p", "no:cacheprovider"]
-    output = await copy.run("complete", *command, TEST_DATABASE_URL=url)
-    assert "13 passed" in output
-    assert await Outside(url).rows("SELECT * FROM book") == []
+    directory, paths = (".", [step]) if step in STEPS else (step, [])
+    output = await copy.run(directory, *command, *paths, TEST_DATABASE_URL=url)
+    assert f"{TESTS_OF[step]} passed" in output
+    for table in {"book", "loan"} & set(await tables(url)):
+        assert await Outside(url).rows(f"SELECT * FROM {table}") == []
+
+
+SETTINGS = [
+    *re.findall(r"```toml\n(\[tool.pytest.*?)```", f"{STARTED}{TESTING}", re.DOTALL),
+    (TUTORIAL / "pyproject.toml").read_text(),
+    (COMPLETE / "pyproject.toml").read_text(),
+]
+CONFTESTS = [
+    "quickstart_conftest.py",
+    "testing.py",
+    *(f"tutorial/{step}/conftest.py" for step in STEPS),
+    "tutorial/complete/tests/conftest.py",
+]
+
+
+def test_tests_are_set_up_alike_wherever_a_reader_goes() -> None:
+    first, *others = (tomllib.loads(text)["tool"]["pytest"]["ini_options"] for text in SETTINGS)
+    assert len(others) == 3
+    assert all(first.items() <= settings.items() for settings in others)
+    for name in CONFTESTS:
+        code = (ROOT / "examples" / name).read_text()
+        fixtures = re.findall(r"^@pytest.fixture.*\n(?:async )?def (\w+)", code, re.MULTILINE)
+        assert fixtures[:3] == ["db_connect", "app", "tables"]
+        assert set(fixtures[3:]) <= {"book"}
+        assert '\npytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]\n' in code
 
 
 MIGRATE = """

@@ -1,8 +1,8 @@
 """Where the error of a duplicate comes, and what clients are told."""
 
+import httpx
 import pytest
 from sqlalchemy.exc import IntegrityError
-from starlette.testclient import TestClient
 
 from context_async_sqlalchemy import db_session
 
@@ -12,22 +12,27 @@ from .database import connect
 from .models import Book
 from .test_library import LOAN
 
-
-def test_a_duplicate_is_told_by_its_name(client: TestClient) -> None:
-    response = client.post("/books", json=DUNE)
-    assert response.status_code == 409
-    detail = "book 9780441013593 is there already"
-    assert response.json() == {"detail": detail}
+pytestmark = pytest.mark.usefixtures("book")
+DUPLICATE = {"isbn": DUNE, "title": "Dune Messiah"}
 
 
-def test_a_book_is_lent_to_one_reader_and_counted_once(
-    client: TestClient,
+async def test_a_duplicate_is_told_by_its_name(
+    client: httpx.AsyncClient,
 ) -> None:
-    assert client.post(LOAN, params={"reader": "ann"}).status_code == 201
-    response = client.post(LOAN, params={"reader": "bob"})
+    response = await client.post("/books", json=DUPLICATE)
+    assert response.status_code == 409
+    assert response.json() == {"detail": f"book {DUNE} is there already"}
+
+
+async def test_a_book_is_lent_to_one_reader_and_counted_once(
+    client: httpx.AsyncClient,
+) -> None:
+    await client.post(LOAN, params={"reader": "ann"})
+    response = await client.post(LOAN, params={"reader": "bob"})
     assert response.status_code == 409
     assert response.json() == {"detail": "conflict"}
-    assert client.get("/books").json() == [{**DUNE, "times_lent": 1}]
+    [book] = (await client.get("/books")).json()
+    assert book["times_lent"] == 1
 
 
 async def add_and_hope(isbn: str, title: str) -> None:
@@ -38,10 +43,10 @@ async def add_and_hope(isbn: str, title: str) -> None:
         raise services.AlreadyThereError(isbn) from None
 
 
-def test_a_try_around_add_catches_nothing(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
+async def test_a_try_around_add_catches_nothing(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "add_book", add_and_hope)
-    response = client.post("/books", json=DUNE)
+    response = await client.post("/books", json=DUPLICATE)
     # The error of the commit, which the handler of IntegrityError answers.
     assert response.json() == {"detail": "conflict"}

@@ -1,58 +1,48 @@
 """The tests have a database of their own, whatever `DATABASE_URL` says."""
 
 import os
-from collections.abc import AsyncGenerator
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.testclient import TestClient
 
 from context_async_sqlalchemy import DBConnect
 
 # Before the application is imported, which reads it.
 os.environ["DATABASE_URL"] = os.environ.get(
-    "TEST_DATABASE_URL", "sqlite:///test_library.db"
+    "TEST_DATABASE_URL", "sqlite:///test_step5.db"
 )
 
-DUNE = "9780441013593"
+from .app import app as application
+from .database import connect
+from .models import Book
 
 pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
+
+DUNE = "9780441013593"
 
 
 @pytest.fixture
 def db_connect() -> DBConnect:
-    from .database import connect
-
     return connect
 
 
 @pytest.fixture
 def app() -> FastAPI:
-    from .app import app
+    return application
 
-    return app
+
+@pytest.fixture(scope="session", autouse=True)
+def tables() -> None:
+    with TestClient(application):  # its lifespan creates them
+        pass
 
 
 @pytest.fixture
-async def session(shared_session: AsyncSession) -> AsyncSession:
-    """Return the test's session, in a library that has one book."""
-    from .models import Base, Book
-
-    connection = await shared_session.connection()
-    await connection.run_sync(Base.metadata.create_all)
-    shared_session.add(Book(isbn=DUNE, title="Dune"))
+async def book(shared_session: AsyncSession) -> Book:
+    """Return the book of a library that has one."""
+    book = Book(isbn=DUNE, title="Dune")
+    shared_session.add(book)
     await shared_session.commit()
-    return shared_session
-
-
-@pytest.fixture
-async def client(
-    app: FastAPI, session: AsyncSession
-) -> AsyncGenerator[httpx.AsyncClient]:
-    """Return a client that calls the application on the test's event loop."""
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test"
-    ) as client:
-        yield client
+    return book

@@ -1,10 +1,8 @@
 """The tests have a database of their own, whatever `DATABASE_URL` says."""
 
 import os
-from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import httpx
 import pytest
 from alembic import command
 from alembic.config import Config
@@ -18,23 +16,23 @@ os.environ["DATABASE_URL"] = os.environ.get(
     "TEST_DATABASE_URL", "sqlite:///test_library.db"
 )
 
-DUNE = "9780441013593"
+from library.app import app as application
+from library.database import connect
+from library.models import Book
 
 pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
+
+DUNE = "9780441013593"
 
 
 @pytest.fixture
 def db_connect() -> DBConnect:
-    from library.database import connect
-
     return connect
 
 
 @pytest.fixture
 def app() -> FastAPI:
-    from library.app import app
-
-    return app
+    return application
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,22 +43,9 @@ def tables() -> None:
 
 
 @pytest.fixture
-async def session(shared_session: AsyncSession) -> AsyncSession:
-    """Return the test's session, in a library that has one book."""
-    from library.models import Book
-
-    shared_session.add(Book(isbn=DUNE, title="Dune"))
+async def book(shared_session: AsyncSession) -> Book:
+    """Return the book of a library that has one."""
+    book = Book(isbn=DUNE, title="Dune")
+    shared_session.add(book)
     await shared_session.commit()
-    return shared_session
-
-
-@pytest.fixture
-async def client(
-    app: FastAPI, session: AsyncSession
-) -> AsyncGenerator[httpx.AsyncClient]:
-    """Return a client that calls the application on the test's event loop."""
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test"
-    ) as client:
-        yield client
+    return book

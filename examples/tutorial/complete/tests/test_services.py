@@ -10,20 +10,17 @@ from library.models import Book, Loan
 
 DUNE = "9780441013593"
 
-
-async def test_a_loan_is_stored_and_counted(session: AsyncSession) -> None:
-    async with new_db_session_ctx():
-        await services.lend(DUNE, "ann")
-    loan = await session.get_one(Loan, DUNE)
-    assert loan.reader == "ann"
-    book = await session.get_one(Book, DUNE)
-    await session.refresh(book)  # the test has made it, and not changed it
-    assert book.times_lent == 1
+pytestmark = pytest.mark.usefixtures("book")
 
 
-async def test_a_book_is_lent_once(
-    session: AsyncSession, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_loan_is_stored_and_counted(db_context: AsyncSession) -> None:
+    await services.lend(DUNE, "ann")
+    await db_context.flush()
+    assert (await db_context.get_one(Loan, DUNE)).reader == "ann"
+    assert (await db_context.get_one(Book, DUNE)).times_lent == 1
+
+
+async def test_a_book_is_lent_once(caplog: pytest.LogCaptureFixture) -> None:
     async with new_db_session_ctx():
         await services.lend(DUNE, "ann")
     with pytest.raises(IntegrityError):
@@ -32,28 +29,24 @@ async def test_a_book_is_lent_once(
     assert caplog.messages == ["'ann': Enjoy Dune"]
 
 
-async def test_a_duplicate_is_refused_by_name(
-    session: AsyncSession,
-) -> None:
+@pytest.mark.usefixtures("db_context")
+async def test_a_duplicate_is_refused_by_name() -> None:
     with pytest.raises(services.AlreadyThereError, match=DUNE):
-        async with new_db_session_ctx():
-            await services.add_book(DUNE, "Dune Messiah")
+        await services.add_book(DUNE, "Dune Messiah")
 
 
 async def test_a_reader_is_reminded_once(
-    session: AsyncSession, caplog: pytest.LogCaptureFixture
+    shared_session: AsyncSession, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session.add(Loan(isbn=DUNE, reader="ann"))
-    await session.commit()
+    shared_session.add(Loan(isbn=DUNE, reader="ann"))
+    await shared_session.commit()
     for _ in range(2):
         async with new_db_session_ctx():
             await services.remind_readers()
     assert caplog.messages == [f"'ann': Please return {DUNE}"]
 
 
-async def test_what_is_not_there_is_not_taken_back(
-    session: AsyncSession,
-) -> None:
+@pytest.mark.usefixtures("db_context")
+async def test_what_is_not_there_is_not_taken_back() -> None:
     with pytest.raises(services.NotFoundError):
-        async with new_db_session_ctx():
-            await services.take_back(DUNE)
+        await services.take_back(DUNE)
