@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from importlib import import_module, reload
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect
+from context_async_sqlalchemy.asgi_types import ASGIApp
 
 # In the conftest.py at the root of a project, instead of this import:
 # pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
-from context_async_sqlalchemy.pytest_plugin import shared_session
+from context_async_sqlalchemy.pytest_plugin import client, shared_session
 
-__all__ = ["shared_session"]
+__all__ = ["client", "shared_session"]
 
 
 PROGRAMS = [
@@ -48,19 +48,18 @@ def db_connect(notes: Any) -> DBConnect:
     return connect
 
 
-@pytest_asyncio.fixture
-async def client(
-    notes: Any, shared_session: AsyncSession
-) -> AsyncGenerator[httpx.AsyncClient]:
+@pytest.fixture
+def app(notes: Any) -> ASGIApp:
+    app: ASGIApp = notes.app
+    return app
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def table(notes: Any, shared_session: AsyncSession) -> None:
     await shared_session.execute(text("CREATE TABLE note (title TEXT)"))
     await shared_session.commit()
     if notes.__name__.endswith("blacksheep"):
         await notes.application.start()
-    transport = httpx.ASGITransport(app=notes.app)
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test"
-    ) as client:
-        yield client
 
 
 async def test_a_note_is_stored_once(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from importlib import reload
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import DBConnect
+from context_async_sqlalchemy.asgi_types import ASGIApp
 
 # In the conftest.py at the root of a project, instead of this import:
 # pytest_plugins = ["context_async_sqlalchemy.pytest_plugin"]
-from context_async_sqlalchemy.pytest_plugin import shared_session
+from context_async_sqlalchemy.pytest_plugin import client, shared_session
 from examples.moving import depends_after, depends_between
 from examples.moving.models import Base, Entry
 
-__all__ = ["shared_session"]
+__all__ = ["client", "shared_session"]
 
 
 @pytest.fixture(
@@ -44,17 +44,16 @@ def db_connect(library: Any) -> DBConnect:
     return connect
 
 
-@pytest_asyncio.fixture
-async def client(
-    library: Any, shared_session: AsyncSession
-) -> AsyncGenerator[httpx.AsyncClient]:
+@pytest.fixture
+def app(library: Any) -> ASGIApp:
+    app: ASGIApp = library.app
+    return app
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def tables(shared_session: AsyncSession) -> None:
     await (await shared_session.connection()).run_sync(Base.metadata.create_all)
     await shared_session.commit()
-    transport = httpx.ASGITransport(app=library.app)
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test"
-    ) as client:
-        yield client
 
 
 async def test_a_loan_is_noted(
