@@ -8,7 +8,7 @@ import weakref
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from context_async_sqlalchemy import (
@@ -23,7 +23,7 @@ from context_async_sqlalchemy._unit.context import DBSessionContext, current_con
 from context_async_sqlalchemy.asgi_types import Receive, Scope, Send
 from context_async_sqlalchemy.test_utils import set_test_context
 from tests.helpers.asgi import add, app_of, call, http_scope
-from tests.helpers.database import Database
+from tests.helpers.database import Database, checked_connect
 from tests.helpers.late_start import Holding
 from tests.helpers.serving import http_client, serve
 
@@ -47,7 +47,7 @@ async def test_children_tasks_and_gather_share_the_session_of_the_request(
 
 
 async def test_two_hundred_concurrent_requests_are_apart(
-    connect: DBConnect, database: Database
+    database_url: URL, database: Database
 ) -> None:
     sessions: list[AsyncSession] = []
     everyone_is_in = asyncio.Barrier(200)
@@ -61,7 +61,11 @@ async def test_two_hundred_concurrent_requests_are_apart(
         await add(connect, str(number))
         return 200 if number % 2 else 400
 
-    async with http_client(app_of(handler)) as client:
+    async with (
+        checked_connect(database_url, database, pool_timeout=120) as connect,
+        http_client(app_of(handler)) as client,
+    ):
+        client.timeout = 120  # all wait for the last one, and a machine may be busy
         responses = await asyncio.gather(*(client.get(f"/{n}") for n in range(200)))
     assert len(set(sessions)) == 200
     assert sorted(r.status_code for r in responses) == [200] * 100 + [400] * 100
