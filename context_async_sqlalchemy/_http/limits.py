@@ -94,7 +94,7 @@ def deadline_settings(backstop: float | None = None) -> dict[str, str | int]:
 
     The server ends a statement a moment before the deadline of the request, and the connection
     stays usable; a process that hangs leaves no statement behind. Where there is no deadline, and
-    after the start of the response, it is empty.
+    from the commit on, as in `on_commit`, it is empty.
 
     Args:
         backstop: The seconds after the deadline when the server closes the connection, by its
@@ -121,13 +121,17 @@ class _Request:
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
+        self._has_ended = False
         self._status = 504
         self.is_answered = False
 
     async def serve(self, app: ASGIApp, receive: Receive) -> None:
         try:
             async with self._block:
-                await app(self._scope, receive, self._forward)
+                try:
+                    await app(self._scope, receive, self._forward)
+                finally:
+                    self._has_ended = True  # and cannot be stopped any more
         except Exception as error:
             if self.is_answered or not (self._is_stopped or self._was_last_moment(error)):
                 raise
@@ -143,7 +147,7 @@ class _Request:
             self._timer = self._loop.call_at(self._deadline, self.stop, 504)
 
     def seconds_left(self) -> float | None:
-        if self._deadline is None or self.is_answered:
+        if self._deadline is None or self.is_answered or self._has_commit_begun():
             return None
         return self._deadline - self._loop.time()
 
@@ -156,15 +160,18 @@ class _Request:
 
     def stop(self, status: int) -> None:
         """Cancel what the application does, unless it has answered: what it did is committed."""
-        if self.is_answered or self._is_stopped:
+        if self.is_answered or self._is_stopped or self._has_ended:
             return
-        context = self._scope.get(SCOPE_KEY)
-        if context is not None and context.commit:
+        if self._has_commit_begun():
             # The commit may fail, and the request be tried again.
             self._timer = self._loop.call_later(_MOMENT, self.stop, status)
             return
         self._is_stopped, self._status = True, status
         self._block.reschedule(self._loop.time())
+
+    def _has_commit_begun(self) -> bool:
+        context = self._scope.get(SCOPE_KEY)
+        return context is not None and context.commit
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":

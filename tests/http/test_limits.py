@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import struct
@@ -17,6 +18,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from packaging.version import Version
 from sqlalchemy import URL, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -34,11 +36,11 @@ from context_async_sqlalchemy.asgi_utils import (
     set_deadline,
 )
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
-from tests.helpers.asgi import add, http_scope
+from tests.helpers.asgi import add, http_scope, respond
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database, assert_clean
 from tests.helpers.late_start import Holding, Spawning
-from tests.helpers.proxy import Call, proxy
+from tests.helpers.proxy import Call, Fault, proxy
 from tests.helpers.servers import SERVERS, running_server
 from tests.helpers.serving import http_client, serve
 
@@ -290,6 +292,64 @@ async def test_a_commit_that_has_begun_is_not_interrupted(
     assert await database.names() == ["a"]
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_what_a_commit_calls_has_no_deadline_at_the_server_either(
+    database_url: URL, database: Database, driver: str
+) -> None:
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with DBConnect.from_url(url, transaction_settings=deadline_settings) as connect:
+
+        async def handler(_: Request) -> None:
+            await add(connect, "a")
+
+            async def call() -> None:
+                await asyncio.sleep(SHORT)
+                await (await add(connect, "b")).execute(text("SELECT pg_sleep(0.1)"))
+
+            on_commit(connect, call)
+            set_deadline(SHORT)
+
+        assert await answer_of(app_of(handler)) == (200, "done")
+    assert await database.names() == ["a", "b"]
+
+
+async def test_who_leaves_during_a_commit_that_fails_leaves_no_timer_that_fails(
+    database_url: URL, database: Database
+) -> None:
+    received: asyncio.Queue[Message] = asyncio.Queue()
+    received.put_nowait({"type": "http.request", "body": b""})
+    loop, problems = asyncio.get_running_loop(), list[Any]()
+    loop.set_exception_handler(lambda _, problem: problems.append(problem))
+
+    async def leave_and_fail(call: Call) -> Fault | None:
+        if not call.statement.startswith("COMMIT"):
+            return None
+        received.put_nowait({"type": "http.disconnect"})
+        await until_empty(received)
+        return Fault.ERROR
+
+    async def app(_: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await add(connect, "a")
+        await respond(send)
+
+    async def send(_: Message) -> None:
+        pytest.fail("it is answered")
+
+    async with (
+        proxy("127.0.0.1", database_url.port or 5432, leave_and_fail) as port,
+        DBConnect.from_url(database_url.set(host="127.0.0.1", port=port)) as connect,
+    ):
+        inner = ASGIHTTPDBSessionMiddleware(app)
+        limited = RequestLimitsMiddleware(inner, 2 * SHORT, cancel_on_disconnect={"GET"})
+        deadline = loop.time() + 2 * SHORT
+        with pytest.raises(DBAPIError, match="injected"):
+            await limited(http_scope(), received.get, send)
+    await asyncio.sleep(deadline + SHORT - loop.time())  # when the timer is due
+    assert problems == []
+    assert await database.names() == []
+
+
 async def test_what_follows_the_start_of_the_response_has_no_deadline(
     connect: DBConnect, database: Database
 ) -> None:
@@ -403,6 +463,37 @@ async def test_the_server_ends_a_statement_just_before_and_the_connection_stays(
         await connect.ping()
 
 
+async def test_who_leaves_while_the_answer_is_made_is_not_stopped_again(
+    database_url: URL,
+) -> None:
+    loop, problems = asyncio.get_running_loop(), list[Any]()
+    loop.set_exception_handler(lambda _, problem: problems.append(problem))
+    answering, left = asyncio.Event(), asyncio.Event()
+
+    async def handler(_: Request) -> None:
+        await (await db_session(connect)).execute(SLEEP)
+
+    async def answer(request: Request, _: Exception) -> Response:
+        answering.set()
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.005)
+        left.set()
+        return PlainTextResponse("too slow", 504)
+
+    async with DBConnect.from_url(database_url, transaction_settings=deadline_settings) as connect:
+        app = app_of(handler, timeout=0.5, cancel_on_disconnect={"GET"})
+        app.add_exception_handler(504, answer)
+        async with serve(app, lifespan="off") as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            await answering.wait()
+            writer.close()
+            async with asyncio.timeout(10):
+                await left.wait()
+    gc.collect()  # asyncio tells of a task whose error nobody has asked for
+    assert problems == []
+
+
 async def test_the_settings_are_those_of_a_request_before_its_answer(database_url: URL) -> None:
     seen: list[tuple[str, str]] = []
     timeouts = text(
@@ -491,6 +582,12 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10) -
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.005)
+
+
+async def until_empty(queue: asyncio.Queue[Any]) -> None:
+    async with asyncio.timeout(10):
+        while not queue.empty():
+            await asyncio.sleep(0)
 
 
 async def begins_to_sleep(database: Database) -> None:
