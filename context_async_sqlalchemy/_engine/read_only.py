@@ -146,7 +146,7 @@ def _set(dialect: Any, driver: Any, connection: Connection) -> Callable[[], None
     def restore() -> None:
         dialect.reset_isolation_level(driver)
         if is_snapshot:
-            dialect.set_readonly(driver, False)
+            dialect.set_readonly(driver, None)  # False is READ WRITE to psycopg, also on a standby
 
     return restore
 

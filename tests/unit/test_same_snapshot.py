@@ -10,7 +10,18 @@ from unittest.mock import AsyncMock
 
 import pytest
 import pytest_asyncio
-from sqlalchemy import URL, Connection, NullPool, StaticPool, event, func, insert, select, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    NullPool,
+    StaticPool,
+    event,
+    func,
+    insert,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import (
     DBAPIError,
     InvalidRequestError,
@@ -409,11 +420,15 @@ async def test_in_the_transaction_of_a_test_they_see_what_it_has_written(
     assert await database.names() == []
 
 
-async def test_on_a_standby_they_see_the_same_data_too() -> None:
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_on_a_standby_they_see_the_same_data_too(driver: str) -> None:
     with primary_and_standby() as (_, standby):
-        async with DBConnect.from_url(standby.url) as connect:
+        url = make_url(standby.url).set(drivername=f"postgresql+{driver}")
+        async with DBConnect.from_url(url) as connect:
             async with same_snapshot(connect, 3) as sessions:
                 snapshots, backends = await seen_by(sessions)
                 assert (len(snapshots), len(backends)) == (1, 3)
                 assert await sessions[2].scalar(text("SELECT pg_is_in_recovery()"))
             assert connections_out(connect) == 0
+            async with new_non_ctx_session(connect) as session:  # on one of theirs
+                assert (await session.execute(SNAPSHOT)).one()[1] in backends
