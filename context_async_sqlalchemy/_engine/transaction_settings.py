@@ -77,6 +77,10 @@ def _begin(settings: TransactionSettings, connection: Connection) -> None:
     if isinstance(driver, _BeginsWith) and driver.can_begin_with():
         driver.begin_with = _quoted_statement(checked)
     elif checked:
+        # A test's: what is local to a savepoint outlives it.
+        keep = getattr(connection.connection.dbapi_connection, "keep_settings", None)
+        if keep is not None:
+            keep(checked)
         connection.execute(*_bound_statement(checked))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from context_async_sqlalchemy._engine.private_names import in_greenlet, lock_of
@@ -19,6 +20,7 @@ class LentConnection:
         self.depth = 0  # how many other savepoints enclose its own
         self.has_begun = False  # its savepoint was set
         self.is_discarded = False  # its savepoint is being undone
+        self.restores = ""  # a statement for the settings of the transaction around it
         self.readonly = False
         self.deferrable = False
         self._shared = shared
@@ -46,6 +48,9 @@ class LentConnection:
 
     def end_statement(self) -> None:
         self._shared.end_statement(self)
+
+    def keep_settings(self, names: Iterable[str]) -> None:
+        self._shared.keep_settings(self, names)
 
     def commit(self) -> None:
         self._shared.commit(self)

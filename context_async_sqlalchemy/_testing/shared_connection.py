@@ -1,7 +1,7 @@
 """One connection in one transaction, lent to many, each with its own savepoint."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +109,15 @@ class SharedConnection:
                 if self.turns.has(lent) and not has_ended(self.driver):
                     self._store(lent)
 
+    def keep_settings(self, lent: LentConnection, names: Iterable[str]) -> None:
+        """Let PostgreSQL's settings with these names end with the transaction of `lent`."""
+        self.enter(lent)
+        calls = (
+            f"format('pg_catalog.set_config(%L, %L, true)', '{n}', current_setting('{n}', true))"
+            for n in names
+        )
+        lent.restores = "SELECT " + self.execute(f"SELECT concat_ws(', ', {', '.join(calls)})")[0]
+
     def commit(self, lent: LentConnection) -> None:
         """Make the work of `lent` part of the enclosing transaction."""
         if not lent.has_begun:
@@ -119,6 +128,8 @@ class SharedConnection:
             if self.turns.has(lent):
                 self._check_constraints()
                 self.execute(f"RELEASE SAVEPOINT {lent.savepoint}")
+                if lent.restores:
+                    self.execute(lent.restores)
             self.turns.end(lent)
 
     def rollback(self, lent: LentConnection) -> None:
@@ -170,6 +181,7 @@ class SharedConnection:
             raise InvalidRequestError(ENDED)  # this statement would be stored
 
     def _begin(self, lent: LentConnection) -> None:
+        lent.restores = ""
         # Take the turn before setting the savepoint, so that no other can begin meanwhile.
         self.turns.begin(lent)
         with self._alone():

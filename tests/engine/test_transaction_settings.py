@@ -24,6 +24,7 @@ from context_async_sqlalchemy import (
     db_session,
     new_db_session_ctx,
     new_non_ctx_session,
+    run_in_new_ctx,
 )
 from context_async_sqlalchemy.asgi_types import Scope
 from context_async_sqlalchemy.postgres import keep_on_primary
@@ -522,6 +523,31 @@ async def test_in_a_transaction_that_is_shared_with_a_test_each_tenant_finds_its
             await add(connect, name, name)
         assert await bodies(connect, "acme") == ["acme", "acme"]
         assert await bodies(connect, "globex") == ["globex"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_in_a_transaction_that_is_shared_with_a_test_settings_end_where_they_would(
+    driver: str, notes: URL
+) -> None:
+    given: dict[str, str | int] = {"app.tenant": "it's acme"}
+
+    async def inside() -> None:
+        given.update({"app.tenant": "globex", "statement_timeout": "2s"})
+        assert await (await db_session(connect)).scalar(TENANT) == "globex"
+        given.clear()
+
+    async with (
+        make(notes, driver, transaction_settings=lambda: given) as connect,
+        shared_transaction(connect) as shared,
+    ):
+        async with new_db_session_ctx():
+            session = await db_session(connect)
+            assert await session.scalar(TENANT) == "it's acme"
+            await run_in_new_ctx(inside)
+            assert await session.scalar(TENANT) == "it's acme"
+            assert await session.scalar(TIMEOUT) == "0"
+        assert await shared.scalar(TENANT) in (None, "")
+        assert await shared.scalar(TIMEOUT) == "0"
 
 
 async def test_the_function_is_asked_nothing_when_it_is_off(role_url: URL) -> None:
