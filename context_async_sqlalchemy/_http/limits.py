@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from context_async_sqlalchemy._engine.driver_errors import was_canceled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._http.options import checked_methods
-from context_async_sqlalchemy._http.send import SCOPE_KEY
+from context_async_sqlalchemy._http.send import COMMITTED, SCOPE_KEY
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -171,7 +171,7 @@ class _Request:
 
     def _has_commit_begun(self) -> bool:
         context = self._scope.get(SCOPE_KEY)
-        return context is not None and context.commit
+        return context.commit if context is not None else COMMITTED in self._scope
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -15,6 +15,9 @@ from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
 SCOPE_KEY = "context_async_sqlalchemy"
 """In the scope of a request: its `RequestContext`, until it ends."""
 
+COMMITTED = "context_async_sqlalchemy.committed"
+"""In the scope of a request whose context has ended well, and was to commit."""
+
 
 class RequestContext(DBSessionContext):
     """The context of a request, made in the event loop that serves it."""
@@ -62,6 +65,8 @@ class RequestContext(DBSessionContext):
         """Let nothing refer to it that it refers to, when it has ended."""
         if self.scope.get(SCOPE_KEY) is self:
             del self.scope[SCOPE_KEY]
+            if self.commit and self.failure is None:
+                self.scope[COMMITTED] = True
         self.error = self.answered = None
 
     async def receive(self) -> Message:

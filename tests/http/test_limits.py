@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -289,6 +290,34 @@ async def test_a_commit_that_has_begun_is_not_interrupted(
             assert begun.is_set()
             assert called == ["on commit"]
             assert connections_out(connect) == 0
+    assert await database.names() == ["a"]
+
+
+async def test_what_was_committed_is_answered_by_a_middleware_that_takes_its_time(
+    connect: DBConnect, database: Database
+) -> None:
+    class Storing:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            messages: list[Message] = []
+
+            async def keep(message: Message) -> None:
+                messages.append(message)
+
+            await self.app(scope, receive, keep)
+            await asyncio.sleep(2 * SHORT)
+            for message in messages:
+                await send(message)
+
+    async def handler(_: Request) -> None:
+        await add(connect, "a")
+        set_deadline(SHORT)
+
+    app = app_of(handler)
+    app.user_middleware.insert(1, Middleware(Storing))  # between the limits and the commit
+    assert await answer_of(app) == (200, "done")
     assert await database.names() == ["a"]
 
 
