@@ -8,7 +8,7 @@ to 2.1.9, asyncpg 0.30 to 0.32, aiosqlite 0.20 to 0.22, FastAPI 0.115.12 to 0.16
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import cached_property
-from types import FunctionType, new_class
+from types import FunctionType
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine
@@ -155,9 +155,7 @@ def let_commit_tell(driver_connection: Any) -> None:
     if cls not in _telling.values() and hasattr(cls, "get_server_pid"):
         if cls not in _telling:
             namespace = {"__slots__": (), "__module__": cls.__module__}
-            _telling[cls] = new_class(
-                cls.__name__, (_TellsOfCommit, cls), exec_body=lambda ns: ns.update(namespace)
-            )
+            _telling[cls] = type(cls.__name__, (_TellsOfCommit, cls), namespace)
         replace_class(driver_connection, _telling[cls])
 
 
@@ -227,7 +225,7 @@ def pool_with_queues(
     # SQLAlchemy names the logger of a pool after its class.
     namespace = {"__module__": AsyncAdaptedQueuePool.__module__, "_queue_class": Queue}
     base = AsyncAdaptedQueuePool
-    return new_class(base.__name__, (base,), exec_body=lambda ns: ns.update(namespace))
+    return type(base.__name__, (base,), namespace)
 
 
 class WatchedStaticPool(StaticPool):

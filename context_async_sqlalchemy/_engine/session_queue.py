@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
-from types import new_class
 from typing import Any
 
 from sqlalchemy import inspect
@@ -66,7 +65,7 @@ def subclass(cls: type[Any], attributes: dict[str, Any]) -> type[Any]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(names | attributes))
+    return type(cls.__name__, (cls,), names | attributes)
 
 
 def _begin_queue(self: Any) -> None:

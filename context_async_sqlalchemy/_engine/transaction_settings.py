@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, partial
-from types import new_class
 from typing import Any, NoReturn, TypeAlias
 
 from sqlalchemy import URL, Connection, Engine, event, text
@@ -159,8 +158,7 @@ class _BeginsWith:
 def _class_for(base: type) -> type:
     if issubclass(base, _BeginsWith):  # SQLAlchemy may keep the arguments of an earlier connection
         return base
-    namespace = {"__module__": base.__module__}
-    return new_class(base.__name__, (_BeginsWith, base), exec_body=lambda ns: ns.update(namespace))
+    return type(base.__name__, (_BeginsWith, base), {"__module__": base.__module__})
 
 
 def _choose_class(_: object, __: object, ___: object, arguments: dict[str, Any]) -> None:
