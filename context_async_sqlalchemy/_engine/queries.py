@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Self
 
-from context_async_sqlalchemy._engine.observed import (
-    Kind,
-    Observer,
-    Step,
-    listen,
-    observe,
-)
+from context_async_sqlalchemy._engine.observed import Kind, Observer, Step, listen, observe
 
 
 class count_queries:  # noqa: N801  # used as a function
@@ -40,15 +33,15 @@ class count_queries:  # noqa: N801  # used as a function
         return f"<{len(self)} queries>"
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
         listen()
-        collector = _Collector(self.statements)
-        self._stack.callback(collector.stop)
-        self._stack.enter_context(observe(collector))
+        self._collector = _Collector(self.statements)
+        self._observing = observe(self._collector)
+        self._observing.__enter__()
         return self
 
     def __exit__(self, cls: type[BaseException] | None, *_: object) -> None:
-        self._stack.close()
+        self._collector.has_ended = True
+        self._observing.__exit__(None, None, None)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -91,12 +84,8 @@ def _listed(statements: Sequence[str]) -> str:
 class _Collector(Observer):
     def __init__(self, statements: list[str]) -> None:
         self._statements = statements
-        self._has_ended = False
-
-    def stop(self) -> None:
-        """Take nothing from a task that outlives the block."""
-        self._has_ended = True
+        self.has_ended = False  # and takes nothing from a task that outlives the block
 
     def began(self, step: Step) -> None:
-        if step.kind is Kind.STATEMENT and not self._has_ended:
+        if step.kind is Kind.STATEMENT and not self.has_ended:
             self._statements.append(step.text)
