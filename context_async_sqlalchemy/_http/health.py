@@ -78,7 +78,15 @@ class _Probe:
         return await asyncio.shield(asking)
 
     async def _ask(self) -> bool:
-        healthy = await _is_healthy(self._connect, self._seconds)
+        try:
+            healthy = await result_within(self._seconds, _is_healthy(self._connect))
+        except TimeoutError:
+            healthy = False
+            logger.warning(
+                "The database of %r is not healthy: no answer within %s seconds",
+                self._connect,
+                self._seconds,
+            )
         self._host = self._connect.host
         self._stale_at = time.monotonic() + _SHARED_SECONDS
         return healthy
@@ -87,17 +95,7 @@ class _Probe:
         return time.monotonic() >= self._stale_at or self._connect.host != self._host
 
 
-async def _is_healthy(connect: DBConnect, seconds: float) -> bool:
-    try:
-        return await result_within(seconds, _ask(connect))
-    except TimeoutError:
-        logger.warning(
-            "The database of %r is not healthy: no answer within %s seconds", connect, seconds
-        )
-        return False
-
-
-async def _ask(connect: DBConnect) -> bool:
+async def _is_healthy(connect: DBConnect) -> bool:
     engine: AsyncEngine | None = None
     try:
         # Runs the connect's handler, which may choose the host.
