@@ -86,8 +86,9 @@ class ASGIHTTPDBSessionMiddleware:
         if scope["type"] != "http" or has_context(scope, self):
             if not self._is_nested and (context := scope.get(SCOPE_KEY)) is not None:
                 self._is_nested = True
-                outer = getattr(context.passed[0], "_options", {})
-                warn_of_ignored(self._options, outer, context.name)
+                defaults = ASGIHTTPDBSessionMiddleware(self.app)._options
+                outer = getattr(context.passed[0], "_options", defaults)
+                warn_of_ignored(self._options, outer, defaults, context.name)
             await self.app(scope, receive, send)
             return
         if not self._sees_hand_over:  # when the application has all its middlewares

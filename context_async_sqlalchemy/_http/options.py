@@ -21,15 +21,6 @@ class MiddlewareOptions(TypedDict, total=False):
     read_only_methods: Collection[str]
 
 
-DEFAULTS: Mapping[str, Any] = {
-    "before_commit": None,
-    "commit_on": is_success,
-    "attempts": 1,
-    "replay_body_limit": 1024 * 1024,
-    "read_only_methods": frozenset(),
-}
-
-
 def is_async(function: object) -> bool:
     """Return whether the call of `function` has to be awaited, as far as can be seen."""
     while isinstance(function, partial):
@@ -77,14 +68,11 @@ def reading(cls: type[Context], methods: frozenset[str]) -> type[Context]:
     return type(cls.__name__, (cls,), {"read_only_methods": methods}) if methods else cls
 
 
-def warn_of_ignored(options: Mapping[str, Any], outer: Mapping[str, Any], request: str) -> None:
+def warn_of_ignored(
+    options: Mapping[str, Any], outer: Mapping[str, Any], defaults: Mapping[str, Any], request: str
+) -> None:
     """Warn of what a nested middleware was given and the outer one, which decides, was not."""
-    ignored = [
-        name
-        for name, value in options.items()
-        if value != DEFAULTS[name] and value != outer.get(name, DEFAULTS[name])
-    ]
-    if ignored:
+    if ignored := [n for n, value in options.items() if value not in (defaults[n], outer[n])]:
         logger.warning(
             "The middleware of a mounted application is inside another one, which opens and "
             "settles the context (%s): its own %s has no effect. Give it to the outer middleware, "
