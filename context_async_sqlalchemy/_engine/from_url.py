@@ -148,10 +148,12 @@ def create_engine(
         options["poolclass"] = fair_pool(max_waiting)
     elif issubclass(dialect.get_pool_class(url), QueuePool):
         options.setdefault("poolclass", fair_pool(max_waiting))
-    if dialect.name == "sqlite":
-        engine = _create_sqlite_engine(url, options)
-    else:
-        engine = _create_async_engine(url, **options)
+    is_sqlite = dialect.name == "sqlite"
+    if is_sqlite and "autocommit" in options.get("connect_args", {}):
+        raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
+    engine = _create_async_engine(url, **options)
+    if is_sqlite:
+        prepare_sqlite(engine.sync_engine)
     if has_ping:
         ping_idle_connections(engine.sync_engine, ping_after_idle)
     return engine
@@ -223,11 +225,3 @@ def _create_async_engine(url: URL, **options: Unpack[EngineOptions]) -> AsyncEng
         message = hide_password(str(error), url.password)
     # Not in the except clause: the message of SQLAlchemy, its context, may show the URL.
     raise ValueError(message)
-
-
-def _create_sqlite_engine(url: URL, options: EngineOptions) -> AsyncEngine:
-    if "autocommit" in options.get("connect_args", {}):
-        raise ValueError("autocommit: say isolation_level='AUTOCOMMIT' instead of this connect_arg")
-    engine = _create_async_engine(url, **options)
-    prepare_sqlite(engine.sync_engine)
-    return engine
