@@ -50,11 +50,6 @@ class _Queue:
         self.added: list[tuple[Scope, object]] = []  # to the session
 
 
-def takes_turns(session: AsyncSession) -> bool:
-    """Return whether tasks queue for a session: it is in a context, or was."""
-    return hasattr(session.sync_session, "_task_turn")
-
-
 def enter_blocks(session: AsyncSession) -> bool:
     """Let this task be inside the blocks of a session that others have begun.
 
@@ -82,9 +77,6 @@ def enter_blocks(session: AsyncSession) -> bool:
 @asynccontextmanager
 async def turn_of(session: AsyncSession) -> AsyncGenerator[None]:
     """Wait until no other task is inside a session, and let none in until the end of the block."""
-    if not takes_turns(session):
-        yield
-        return
     sync_session: Any = session.sync_session
     scope = Scope(open_here())
     await _wait(sync_session, scope)
@@ -98,10 +90,10 @@ async def turn_of(session: AsyncSession) -> AsyncGenerator[None]:
 @contextmanager
 def hold(session: AsyncSession) -> Generator[None]:
     """Let no other task in between the calls of a block, which has just begun with one."""
-    if not takes_turns(session):
+    sync_session: Any = session.sync_session
+    if not hasattr(sync_session, "_task_turn"):  # tasks do not queue for it
         yield
         return
-    sync_session: Any = session.sync_session
     block = begin_block(sync_session)
     try:
         yield
