@@ -72,13 +72,12 @@ async def _same_snapshot(
 
 
 async def _make(connect: DBConnect[SessionT], number: int) -> list[SessionT]:
-    if is_mocked(connect):
+    if not is_mocked(connect):
+        # In the transaction of a test all are on one connection, and take turns at each statement.
+        connect = reader_of(connect, True if connect._engines.is_pinned else "snapshot")
+    if is_mocked(connect):  # or has a way of its own
         return [await connect.create_session() for _ in range(number)]
-    # In the transaction of a test all are on one connection, and take turns at each statement.
-    reader = reader_of(connect, True if connect._engines.is_pinned else "snapshot")
-    if "create_session" in vars(reader):  # the connect has a way of its own
-        return [await reader.create_session() for _ in range(number)]
-    make = await reader.session_maker()  # once: a handler may choose another host each time
+    make = await connect.session_maker()  # once: a handler may choose another host each time
     return [make() for _ in range(number)]
 
 
