@@ -28,31 +28,13 @@ _GUARD = "_context_async_sqlalchemy_guard"
 
 
 def guard(engine: AsyncEngine) -> None:
-    """Watch the connections of an engine from now on, until the caller calls `retire`."""
+    """Watch the connections of an engine from now on, until the caller calls `close_engine`."""
     sync_engine = sync_engine_of(engine)
     guard = _guard_of(sync_engine)
     if guard is None:
         guard = _Guard(sync_engine)
         setattr(sync_engine.dialect, _GUARD, guard)
     guard.users += 1
-
-
-async def retire(engine: AsyncEngine) -> None:
-    """Close the connections of an engine: the idle ones now, the others as they come back.
-
-    Nothing is closed while others use the engine, such as a connect whose creator returns it too.
-    If the server is silent, this takes as long as the driver takes to terminate a connection.
-    """
-    guard = _guard_of(sync_engine_of(engine))
-    if guard is None:
-        await engine.dispose()
-        return
-    guard.users = max(guard.users - 1, 0)
-    if guard.users == 0:
-        # dispose() closes idle connections only. One that a session still holds would return to a
-        # pool that is no longer used, and stay open there.
-        await engine.dispose()
-        await finish_closing()
 
 
 @asynccontextmanager
@@ -66,8 +48,19 @@ async def closing(engine: AsyncEngine) -> AsyncGenerator[AsyncEngine]:
 
 
 async def close_engine(engine: AsyncEngine) -> None:
-    """Close the connections of an engine: the idle ones now, the others as they come back."""
-    await retire(engine)
+    """Close the connections of an engine: the idle ones now, the others as they come back.
+
+    Nothing is closed while others use the engine, such as a connect whose creator returns it too.
+    If the server is silent, this takes as long as the driver takes to terminate a connection.
+    """
+    guard = _guard_of(sync_engine_of(engine))  # a mock has none
+    if guard is not None:
+        guard.users = max(guard.users - 1, 0)
+    if guard is None or not guard.users:
+        # dispose() closes idle connections only. One that a session still holds would return to a
+        # pool that is no longer used, and stay open there.
+        await engine.dispose()
+        await finish_closing()
     await finish_idle(engine)
 
 
