@@ -108,17 +108,6 @@ def says_connection_is_lost(error: BaseException | None) -> bool:
     return sqlstate.startswith(("08", "57P01", "57P02"))
 
 
-def is_from_server(error: BaseException) -> bool:
-    """Return whether PostgreSQL has sent this error: a statement of the transaction has failed."""
-    # asyncpg, whose errors SQLAlchemy wraps, also gives an SQLSTATE to values that it refuses to
-    # send. Only an error of the server has a severity; psycopg keeps it in `diag`.
-    original = error.__cause__ or error
-    return bool(
-        getattr(original, "severity", None)
-        or getattr(getattr(original, "diag", None), "severity", None)
-    )
-
-
 def was_canceled(exc: BaseException) -> bool:
     """Return whether PostgreSQL ended a statement: it took too long, or somebody asked for it."""
     errors = (getattr(related, "orig", related) for related in _related(exc))
@@ -134,7 +123,11 @@ def is_refused_commit(error: Exception, dialect: Dialect) -> bool:
         return True
     if _kind_of_mysql_number(error) is TransientKind.CONFLICT:
         return True  # as a cluster of MariaDB does
-    return is_from_server(error) and not says_connection_is_lost(error)
+    # If it has a severity, PostgreSQL has sent it: asyncpg, whose errors SQLAlchemy wraps, gives an
+    # SQLSTATE to values that it refuses to send, too. psycopg keeps the severity in `diag`.
+    sent = error.__cause__ or error
+    severity = getattr(getattr(sent, "diag", sent), "severity", None)
+    return severity is not None and not says_connection_is_lost(error)
 
 
 def classes_of_errors() -> list[type[Exception]]:
