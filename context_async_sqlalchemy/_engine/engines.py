@@ -19,8 +19,6 @@ from context_async_sqlalchemy._engine.guard import close_engine, finish_closing,
 from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
-from context_async_sqlalchemy._engine.one_connection import take_turns
-from context_async_sqlalchemy._engine.pool import count_connections
 from context_async_sqlalchemy._engine.shield import run_to_completion
 
 _MOMENT = 1.0  # seconds
@@ -129,9 +127,7 @@ class Engines:
         self.put_by_hand = None
         # A test that has patched it puts back what was there: its user is counted already.
         if engine is not self.here():
-            take_turns(engine)
             guard(engine)
-            count_connections(engine)
             self.put_by_hand = engine
 
     async def switch(self, host: str, *, anew: bool) -> None:
@@ -254,7 +250,6 @@ class Engines:
 
     async def _make(self, host: str | None, result_of: ResultOf = result_of) -> Opened:
         engine = await self.make_engine(host, result_of)
-        take_turns(engine)
         guard(engine)
         try:
             made = await result_of(self._session_maker_creator(engine))
@@ -262,7 +257,6 @@ class Engines:
         except BaseException:
             self._retire(engine)  # a creator may have used it
             raise
-        count_connections(engine)
         return Opened(host, engine, session_maker)
 
     def _put(self, place: _Place, opened: Opened) -> list[asyncio.Task[None]]:

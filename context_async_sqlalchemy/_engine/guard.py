@@ -15,7 +15,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from context_async_sqlalchemy._engine.border import sync_engine_of
 from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.pool import finish_idle
+from context_async_sqlalchemy._engine.one_connection import take_turns
+from context_async_sqlalchemy._engine.pool import count_connections, finish_idle
 from context_async_sqlalchemy._engine.private_names import (
     greenlet_spawn,
     in_greenlet,
@@ -32,6 +33,8 @@ def guard(engine: AsyncEngine) -> None:
     sync_engine = sync_engine_of(engine)
     guard = _guard_of(sync_engine)
     if guard is None:
+        take_turns(sync_engine.pool)
+        count_connections(sync_engine)
         guard = _Guard(sync_engine)
         setattr(sync_engine.dialect, _GUARD, guard)
     guard.users += 1

@@ -3,24 +3,21 @@
 import asyncio
 from functools import cached_property
 
-from sqlalchemy import StaticPool
+from sqlalchemy import Pool, StaticPool
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from context_async_sqlalchemy._engine.border import sync_engine_of
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.private_names import WatchedStaticPool, await_only
 
 TIMEOUT = 30.0  # seconds, as in SQLAlchemy's other pools
 
 
-def take_turns(engine: AsyncEngine) -> None:
-    """Let the sessions of an engine with a `StaticPool` take turns on its connection.
+def take_turns(pool: Pool) -> None:
+    """Let sessions take turns on the connection of a pool, if that is a `StaticPool`.
 
     SQLAlchemy makes such a pool for a SQLite database in memory, and gives the connection, and its
     transaction, to all at a time: one's rollback undoes what another one commits.
     """
-    pool = sync_engine_of(engine).pool
     if isinstance(pool, StaticPool) and not isinstance(pool, _InTurns):
         # It may have opened its connection already, and in it is what is in memory.
         pool.__class__ = _InTurns

@@ -48,7 +48,7 @@ class PoolStatus:
 
 
 def pool_status(engine: AsyncEngine) -> PoolStatus:
-    """Count the connections of `engine`, for which `count_connections` was called before."""
+    """Count the connections of `engine`, which is guarded."""
     sync_engine = sync_engine_of(engine)
     pool = sync_engine.pool
     if not isinstance(pool, QueuePool):  # NullPool and others do not count themselves
@@ -67,11 +67,10 @@ def pool_status(engine: AsyncEngine) -> PoolStatus:
     )
 
 
-def count_connections(engine: AsyncEngine) -> None:
+def count_connections(engine: Engine) -> None:
     """Count the connections in use from now on, if the pool does not."""
-    sync_engine = sync_engine_of(engine)
-    if not isinstance(sync_engine.pool, QueuePool) and sync_engine.dialect not in _counts:
-        _counts[sync_engine.dialect] = _Count(sync_engine)
+    if not isinstance(engine.pool, QueuePool):
+        _counts[engine.dialect] = _Count(engine)
 
 
 async def open_connections(engine: AsyncEngine, number: int) -> None:
