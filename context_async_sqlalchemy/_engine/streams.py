@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -25,19 +26,10 @@ class QueuedCursor:
             event.listen(connection, "before_cursor_execute", self._cut_off)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._cursor, name)
-
-    def fetchone(self) -> Any:
-        """Fetch a row."""
-        return self._in_turn(self._fetch, self._cursor.fetchone)
-
-    def fetchmany(self, *size: int) -> Any:
-        """Fetch rows."""
-        return self._in_turn(self._fetch, self._cursor.fetchmany, *size)
-
-    def fetchall(self) -> Any:
-        """Fetch all the other rows."""
-        return self._in_turn(self._fetch, self._cursor.fetchall)
+        attribute = getattr(self._cursor, name)
+        if name in ("fetchone", "fetchmany", "fetchall"):
+            return partial(self._in_turn, self._fetch, attribute)
+        return attribute
 
     def close(self) -> None:
         """Close the cursor."""
