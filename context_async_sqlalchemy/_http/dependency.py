@@ -21,10 +21,7 @@ from context_async_sqlalchemy._engine.release import close_sessions, refuse_furt
 from context_async_sqlalchemy._http.same_request import has_context
 from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
 from context_async_sqlalchemy._http.starlette import StarletteHTTPDBSessionMiddleware
-from context_async_sqlalchemy._unit.context import (
-    current_context,
-    is_test_context,
-)
+from context_async_sqlalchemy._unit.context import current_context, is_test_context
 from context_async_sqlalchemy._unit.hidden import hidden
 from context_async_sqlalchemy._unit.leak_detection import detect_leaks
 from context_async_sqlalchemy._unit.on_commit import watch_commits

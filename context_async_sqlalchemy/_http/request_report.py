@@ -6,13 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.observed import (
-    Kind,
-    Observer,
-    Step,
-    listen,
-    observe,
-)
+from context_async_sqlalchemy._engine.observed import Kind, Observer, Step, listen, observe
 from context_async_sqlalchemy._http.options import is_async
 from context_async_sqlalchemy._http.sql_comments import checked_keys, route_of, with_comment
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send

@@ -21,12 +21,7 @@ from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddlewar
 from context_async_sqlalchemy._http.options import checked_methods, is_async, reading
 from context_async_sqlalchemy._http.same_request import application_around, has_context
 from context_async_sqlalchemy._http.send import RequestContext
-from context_async_sqlalchemy._unit.settle import (
-    BeforeCommitCallback,
-    abandon,
-    finish,
-    is_success,
-)
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, abandon, finish, is_success
 
 
 class StarletteHTTPDBSessionMiddleware(ASGIHTTPDBSessionMiddleware):

@@ -10,11 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.private_names import (
-    await_only,
-    greenlet_spawn,
-    in_greenlet,
-)
+from context_async_sqlalchemy._engine.private_names import await_only, greenlet_spawn, in_greenlet
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
 from context_async_sqlalchemy._testing.no_commit import ENDED, NO_COMMIT, allow_end, has_ended

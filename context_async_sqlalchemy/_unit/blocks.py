@@ -7,11 +7,7 @@ from typing import NoReturn, ParamSpec, TypeVar, cast
 
 from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._unit.context import open_context
-from context_async_sqlalchemy._unit.settle import (
-    BeforeCommitCallback,
-    abandon,
-    finish,
-)
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, abandon, finish
 
 P = ParamSpec("P")
 T = TypeVar("T")

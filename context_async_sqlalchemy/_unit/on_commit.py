@@ -16,11 +16,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.commits import note_commits
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.private_names import (
-    await_only,
-    has_connections,
-    is_committed,
-)
+from context_async_sqlalchemy._engine.private_names import await_only, has_connections, is_committed
 from context_async_sqlalchemy._engine.read_only import is_read_only
 from context_async_sqlalchemy._engine.release import connections_of, rollback_sessions
 from context_async_sqlalchemy._engine.shield import run_to_completion

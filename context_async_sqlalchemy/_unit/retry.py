@@ -13,9 +13,7 @@ from context_async_sqlalchemy._unit.blocks import new_db_session_ctx
 from context_async_sqlalchemy._unit.context import DBSessionContext, current_context
 from context_async_sqlalchemy._unit.notes import note_once
 from context_async_sqlalchemy._unit.on_commit import watch_commits
-from context_async_sqlalchemy._unit.settle import (
-    BeforeCommitCallback,
-)
+from context_async_sqlalchemy._unit.settle import BeforeCommitCallback
 
 if TYPE_CHECKING:
     from stamina import Attempt

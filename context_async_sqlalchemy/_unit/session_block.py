@@ -11,11 +11,7 @@ from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.options import SessionT
 from context_async_sqlalchemy._engine.private_names import replace_class
 from context_async_sqlalchemy._engine.release_in_turn import rollback_in_turn
-from context_async_sqlalchemy._engine.session_queue import (
-    methods_in_turn,
-    queue_tasks,
-    subclass,
-)
+from context_async_sqlalchemy._engine.session_queue import methods_in_turn, queue_tasks, subclass
 from context_async_sqlalchemy._unit.context import contexts_here
 from context_async_sqlalchemy._unit.lost_work import written
 from context_async_sqlalchemy._unit.settle import is_success
