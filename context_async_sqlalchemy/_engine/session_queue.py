@@ -203,8 +203,7 @@ class _Transaction(SessionTransaction):
 
     def rollback(self, _capture_exception: bool = False, _to_root: bool = False) -> None:
         _call(
-            self.session,
-            lambda _: SessionTransaction.rollback(self, _capture_exception, _to_root),
+            self.session, lambda _: SessionTransaction.rollback(self, _capture_exception, _to_root)
         )
 
     def __enter__(self) -> _Transaction:

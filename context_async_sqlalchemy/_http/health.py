@@ -20,8 +20,7 @@ from context_async_sqlalchemy.connect import DBConnect
 
 
 def database_health(
-    connect: DBConnect,
-    timeout: float = 2.0,
+    connect: DBConnect, timeout: float = 2.0
 ) -> Callable[[Request], Awaitable[JSONResponse]]:
     """Make an endpoint for health probes.
 

@@ -100,12 +100,7 @@ class ASGIHTTPDBSessionMiddleware:
             await self._replay(scope, receive, send)
 
     async def _serve(
-        self,
-        app: ASGIApp,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        layer: object = None,
+        self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, layer: object = None
     ) -> None:
         """Call the application for a request, in a context of its own, which a layer opens."""
         context = self.context_class(
