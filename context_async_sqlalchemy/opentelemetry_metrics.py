@@ -6,6 +6,7 @@ https://opentelemetry.io/docs/specs/semconv/database/database-metrics/#connectio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,21 +70,12 @@ def measure_pools(
         "{request}",
         "How many wait for a connection",
     )
-    histograms = {
-        Kind.WAIT: meter.create_histogram(
-            "db.client.connection.wait_time",
-            "s",
-            "The time it took to get a connection",
-            explicit_bucket_boundaries_advisory=_BUCKETS,
-        ),
-        Kind.USE: meter.create_histogram(
-            "db.client.connection.use_time",
-            "s",
-            "The time from getting a connection to giving it back",
-            explicit_bucket_boundaries_advisory=_BUCKETS,
-        ),
-    }
-    observe_everywhere(_Timer(connects, histograms))
+    histogram = partial(meter.create_histogram, explicit_bucket_boundaries_advisory=_BUCKETS)
+    wait = histogram("db.client.connection.wait_time", "s", "The time it took to get a connection")
+    use = histogram(
+        "db.client.connection.use_time", "s", "The time from getting a connection to giving it back"
+    )
+    observe_everywhere(_Timer(connects, {Kind.WAIT: wait, Kind.USE: use}))
 
 
 class _Timer(Observer):
