@@ -71,7 +71,8 @@ class _Probe:
 
     async def is_healthy(self) -> bool:
         asking = self._asking
-        if asking is None or (asking.done() and self._is_stale()):
+        is_stale = time.monotonic() >= self._stale_at or self._connect.host != self._host
+        if asking is None or (asking.done() and is_stale):
             asking = self._asking = asyncio.create_task(self._ask())
         # A client that hangs up must not take the answer from the others.
         return await asyncio.shield(asking)
@@ -89,9 +90,6 @@ class _Probe:
         self._host = self._connect.host
         self._stale_at = time.monotonic() + _SHARED_SECONDS
         return healthy
-
-    def _is_stale(self) -> bool:
-        return time.monotonic() >= self._stale_at or self._connect.host != self._host
 
 
 async def _is_healthy(connect: DBConnect) -> bool:
