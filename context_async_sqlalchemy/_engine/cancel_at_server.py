@@ -13,6 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import take_cancellations
+from context_async_sqlalchemy._engine.shield import keep
 
 
 def cancel_at_server(engine: Engine) -> None:
@@ -28,8 +29,7 @@ def _go_on_cancelling(
     _: DBAPIConnection, entry: ConnectionPoolEntry, __: BaseException | None
 ) -> None:
     for task in take_cancellations(entry.driver_connection):
-        _cancelling.add(task)
-        task.add_done_callback(_cancelling.discard)
+        keep(task, _cancelling)
 
 
 def _keep_address(
@@ -47,9 +47,7 @@ def _keep_address(
 def _cancel(_: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException | None) -> None:
     # psycopg has closed the connection already, and nothing of it is left to ask.
     if isinstance(error, asyncio.CancelledError) and _ADDRESS in entry.info:
-        task = asyncio.get_running_loop().create_task(_send(entry.info.pop(_ADDRESS)))
-        _cancelling.add(task)
-        task.add_done_callback(_cancelling.discard)
+        keep(asyncio.create_task(_send(entry.info.pop(_ADDRESS))), _cancelling)
 
 
 async def _send(request: Any) -> None:
@@ -75,4 +73,4 @@ async def _send(request: Any) -> None:
 _WAIT_FOR = {1: "reader", 2: "writer"}  # PGRES_POLLING_READING, PGRES_POLLING_WRITING
 _SECONDS = 5.0
 _ADDRESS = "context_async_sqlalchemy.address"
-_cancelling: set[asyncio.Task[None]] = set()  # a loop has only weak references to its tasks
+_cancelling: set[asyncio.Task[None]] = set()

@@ -19,7 +19,7 @@ from context_async_sqlalchemy._engine.guard import close_engine, finish_closing,
 from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
-from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._engine.shield import keep, run_to_completion
 
 _MOMENT = 1.0  # seconds
 SessionMaker: TypeAlias = async_sessionmaker[Any]
@@ -270,9 +270,7 @@ class Engines:
         return [self._retire(engine) for engine in retired]
 
     def _retire(self, engine: AsyncEngine) -> asyncio.Task[None]:
-        task = asyncio.create_task(close_engine(engine))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        task = keep(asyncio.create_task(close_engine(engine)), self._retiring)
         task.add_done_callback(_log_failure)
         return task
 

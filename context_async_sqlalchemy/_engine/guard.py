@@ -23,7 +23,7 @@ from context_async_sqlalchemy._engine.private_names import (
     pool_of,
     replace_of_dialect,
 )
-from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._engine.shield import keep, run_to_completion
 
 _GUARD = "_context_async_sqlalchemy_guard"
 
@@ -101,9 +101,7 @@ class _Guard:
         if self.users or not in_greenlet():
             self._do_close(connection)
             return
-        task = asyncio.get_running_loop().create_task(self._terminate(connection))
-        _closing.add(task)
-        task.add_done_callback(_closing.discard)
+        keep(asyncio.create_task(self._terminate(connection)), _closing)
 
     async def _terminate(self, connection: DBAPIConnection) -> None:
         close = self._dialect.do_terminate if self._dialect.has_terminate else self._do_close

@@ -20,6 +20,7 @@ from context_async_sqlalchemy._engine import private_names
 from context_async_sqlalchemy._engine.border import sync_engine_of
 from context_async_sqlalchemy._engine.fair_pool import count_waiting
 from context_async_sqlalchemy._engine.log import logger
+from context_async_sqlalchemy._engine.shield import keep
 
 _IDLE = "_context_async_sqlalchemy_idle"
 _RETURNED_AT = "context_async_sqlalchemy.returned_at"
@@ -223,9 +224,7 @@ class _IdleConnections:
             del self._since[entry]
             connection = private_names.take_out(entry)
             assert connection is not None
-            task = loop.create_task(self._close(connection))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            keep(loop.create_task(self._close(connection)), self._closing)
 
     async def _close(self, connection: DBAPIConnection) -> None:
         try:

@@ -29,14 +29,21 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     raise cancellation
 
 
+def keep(task: asyncio.Task[T], among: set[asyncio.Task[T]]) -> asyncio.Task[T]:
+    """Keep a task among others until it ends: a loop has only weak references to its tasks."""
+    among.add(task)
+    task.add_done_callback(among.discard)
+    return task
+
+
 async def result_within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     """Run `work` in a task of its own; after `seconds`, cancel it and do not wait for its end.
 
     It raises `TimeoutError` then. Drivers take seconds to close a connection to a silent server.
     """
     task = asyncio.create_task(work)
-    _running.add(task)
-    task.add_done_callback(_forget)
+    keep(task, _running)
+    task.add_done_callback(_hear)
     try:
         done, _ = await asyncio.wait([task], timeout=seconds)
     finally:
@@ -46,10 +53,9 @@ async def result_within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def _forget(task: asyncio.Task[Any]) -> None:
-    _running.discard(task)
+def _hear(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()  # or else asyncio would report that nobody has asked for it
 
 
-_running: set[asyncio.Task[Any]] = set()  # a loop has only weak references to its tasks
+_running: set[asyncio.Task[Any]] = set()

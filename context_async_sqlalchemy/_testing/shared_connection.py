@@ -11,7 +11,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import await_only, greenlet_spawn, in_greenlet
-from context_async_sqlalchemy._engine.shield import run_to_completion
+from context_async_sqlalchemy._engine.shield import keep, run_to_completion
 from context_async_sqlalchemy._testing.lent_connection import LentConnection
 from context_async_sqlalchemy._testing.no_commit import ENDED, NO_COMMIT, allow_end, has_ended
 from context_async_sqlalchemy._testing.turns import Turns
@@ -151,9 +151,7 @@ class SharedConnection:
         if lent not in self.turns.open or self.turns.have_ended or lent.is_discarded:
             return
         lent.is_discarded = True
-        task = self._loop.create_task(greenlet_spawn(self._undo, lent))
-        self._undoing.add(task)
-        task.add_done_callback(self._undoing.discard)
+        task = keep(self._loop.create_task(greenlet_spawn(self._undo, lent)), self._undoing)
         if in_greenlet():
             await_only(run_to_completion(asyncio.wait([task])))
 
