@@ -9,13 +9,11 @@ from urllib.parse import quote
 
 from context_async_sqlalchemy.asgi_types import Scope
 
-KEYS = frozenset({"route", "traceparent"})
-
 
 def checked_keys(keys: Collection[str]) -> frozenset[str]:
     """Return what a comment is to have, if it can have it."""
-    if isinstance(keys, str) or not isinstance(keys, Collection) or not KEYS.issuperset(keys):
-        raise ValueError(f"sql_comments must be some of {sorted(KEYS)}, not {keys!r}")
+    if isinstance(keys, str) or not isinstance(keys, Collection) or {*keys} - _READ.keys():
+        raise ValueError(f"sql_comments must be some of {sorted(_READ)}, not {keys!r}")
     return frozenset(keys)
 
 
