@@ -67,10 +67,7 @@ class HandOver:
         if context is None:
             await self.app(scope, receive, send)
             return
-
-        outer = sys.exception()
-
-        completed = False
+        outer, completed = sys.exception(), False
 
         async def send_on(message: Message) -> None:
             nonlocal completed
