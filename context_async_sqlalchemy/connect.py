@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from context_async_sqlalchemy._engine.border import real_session
 from context_async_sqlalchemy._engine.checks import check_callable, check_host, check_threshold
 from context_async_sqlalchemy._engine.engines import Engines, SessionMaker
-from context_async_sqlalchemy._engine.from_url import creators_from_url, prepare_for_migrations
+from context_async_sqlalchemy._engine.from_url import creators_from_url
 from context_async_sqlalchemy._engine.lazy_session_maker import LazySessionMaker
 from context_async_sqlalchemy._engine.log import hide_password
 from context_async_sqlalchemy._engine.options import SessionT, SessionT_co, URLOptions
@@ -21,6 +21,7 @@ from context_async_sqlalchemy._engine.pool import PoolStatus, pool_status
 from context_async_sqlalchemy._engine.readiness import until_ready
 from context_async_sqlalchemy._engine.release import close_sessions
 from context_async_sqlalchemy._engine.shield import result_within
+from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit
 
 _numbers = itertools.count(1)
 
@@ -200,7 +201,7 @@ class DBConnect(Generic[SessionT_co]):
             host: The host to talk to. Default None: the host of new sessions.
         """
         engine = await self._engines.make_engine_for_caller(host if host is not None else self.host)
-        prepare_for_migrations(engine)
+        check_foreign_keys_at_commit(engine)
         return engine
 
     async def create_session(self) -> SessionT_co:

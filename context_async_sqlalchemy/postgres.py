@@ -12,7 +12,6 @@ from sqlalchemy import Row, text
 from context_async_sqlalchemy._engine.guard import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
-from context_async_sqlalchemy._engine.transaction_settings import begin_without_settings
 from context_async_sqlalchemy.connect import DBConnect
 
 Handler: TypeAlias = Callable[[DBConnect[Any]], Awaitable[None]]
@@ -175,7 +174,6 @@ class _HostChooser:
             async with asyncio.timeout(self._timeout):
                 # Not a connection of the pool: that may be full, and its host dead.
                 engine = await connect._engines.make_engine(host)
-                begin_without_settings(engine)
                 async with closing(engine), engine.connect() as connection:
                     return self._rank((await connection.execute(_STATE)).one())
         except Exception as error:

@@ -20,6 +20,7 @@ from context_async_sqlalchemy._engine.host import Host
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.shield import keep, run_to_completion
+from context_async_sqlalchemy._engine.transaction_settings import begin_without_settings
 
 _MOMENT = 1.0  # seconds
 SessionMaker: TypeAlias = async_sessionmaker[Any]
@@ -213,8 +214,13 @@ class Engines:
             )
         return await self.make_engine(host)
 
-    async def make_engine(self, host: str | None, result_of: ResultOf = result_of) -> AsyncEngine:
-        """Make an engine that belongs to the caller."""
+    async def make_engine(self, host: str | None) -> AsyncEngine:
+        """Make an engine that belongs to the caller, without `transaction_settings`."""
+        engine = await self._create(host)
+        begin_without_settings(engine)
+        return engine
+
+    async def _create(self, host: str | None, result_of: ResultOf = result_of) -> AsyncEngine:
         if host is not None:
             check_host(host)
         elif self.needs_host:
@@ -249,7 +255,7 @@ class Engines:
             task.result()
 
     async def _make(self, host: str | None, result_of: ResultOf = result_of) -> Opened:
-        engine = await self.make_engine(host, result_of)
+        engine = await self._create(host, result_of)
         guard(engine)
         try:
             made = await result_of(self._session_maker_creator(engine))

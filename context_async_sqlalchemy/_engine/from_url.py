@@ -19,10 +19,9 @@ from context_async_sqlalchemy._engine.libpq import lets_impostors_in, translate_
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.options import EngineOptions, SessionT, URLOptions
 from context_async_sqlalchemy._engine.pool import close_idle_connections, ping_idle_connections
-from context_async_sqlalchemy._engine.sqlite import check_foreign_keys_at_commit, prepare_sqlite
+from context_async_sqlalchemy._engine.sqlite import prepare_sqlite
 from context_async_sqlalchemy._engine.transaction_settings import (
     begin_with_settings,
-    begin_without_settings,
     check_transaction_settings,
 )
 from context_async_sqlalchemy._engine.url import is_in_memory, parse_url, set_host
@@ -157,12 +156,6 @@ def create_engine(
     if has_ping:
         ping_idle_connections(engine.sync_engine, ping_after_idle)
     return engine
-
-
-def prepare_for_migrations(engine: AsyncEngine) -> None:
-    """Let an engine that `DBConnect.create_engine` returns be as it describes."""
-    check_foreign_keys_at_commit(engine)
-    begin_without_settings(engine)
 
 
 def _check_idle_options(

@@ -15,7 +15,6 @@ from context_async_sqlalchemy._engine.guard import closing
 from context_async_sqlalchemy._engine.log import hide_password, logger
 from context_async_sqlalchemy._engine.loops import PerLoop
 from context_async_sqlalchemy._engine.shield import result_within
-from context_async_sqlalchemy._engine.transaction_settings import begin_without_settings
 from context_async_sqlalchemy.connect import DBConnect
 
 
@@ -98,7 +97,6 @@ async def _is_healthy(connect: DBConnect) -> bool:
         # Runs the connect's handler, which may choose the host.
         await connect.session_maker()
         engine = await connect._engines.make_engine(connect.host)
-        begin_without_settings(engine)
         async with closing(engine), engine.connect() as connection:
             await connection.execute(select(1))
     except Exception as error:
