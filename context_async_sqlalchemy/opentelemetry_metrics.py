@@ -3,8 +3,6 @@
 https://opentelemetry.io/docs/specs/semconv/database/database-metrics/#connection-pools
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any

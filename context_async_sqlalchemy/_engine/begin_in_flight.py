@@ -5,8 +5,6 @@ come before them: the server runs both, and skips the second if the first fails.
 https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-PIPELINING
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Awaitable, Callable
 from functools import cache

@@ -1,7 +1,5 @@
 """A rehearsal of BEGIN with a first statement, without a server: does asyncpg play its part?"""
 
-from __future__ import annotations
-
 import asyncio
 import struct
 from collections.abc import Coroutine

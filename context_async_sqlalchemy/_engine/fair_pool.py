@@ -1,7 +1,5 @@
 """A pool in which who has waited longest for a connection gets the next one, and few may wait."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from functools import partial

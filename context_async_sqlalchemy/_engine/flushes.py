@@ -3,8 +3,6 @@
 SQLAlchemy takes for written whatever was changed until it ends.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from sqlalchemy import event, inspect

@@ -5,8 +5,6 @@ when; they are there when somebody has asked. Who asks now is told by a context 
 child task inherits and another request does not.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Generator
 from contextlib import contextmanager

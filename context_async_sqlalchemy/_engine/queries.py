@@ -1,7 +1,5 @@
 """The statements that a block has sent, counted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Self
 

@@ -1,7 +1,5 @@
 """The cursor of a stream, from which tasks fetch in turn: not every driver lets them queue."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

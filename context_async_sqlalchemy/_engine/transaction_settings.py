@@ -1,7 +1,5 @@
 """Settings with which each transaction of an engine begins, such as the tenant."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, partial

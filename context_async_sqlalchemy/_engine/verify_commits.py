@@ -4,8 +4,6 @@ The number of the transaction is asked for before COMMIT, with what identifies t
 server; https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-PG-SNAPSHOT
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A request that takes too long is stopped, and one whose client has left, before its answer."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """What a request did with its databases: reported at its end, and a slow statement at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A comment in each statement, which says whose it is: https://google.github.io/sqlcommenter/spec/."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from typing import Any

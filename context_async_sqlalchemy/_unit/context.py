@@ -1,7 +1,5 @@
 """A context: the sessions of one unit of work, and the context variable that points at it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
