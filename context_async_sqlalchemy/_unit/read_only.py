@@ -139,8 +139,7 @@ class _Reading(Engines):
                 return make
             if takes_what_it_is_given(session):
                 options: dict[str, Any] = {"bind": engine, "info": self._info(engine)}
-                if make.kw.get("twophase"):
-                    options["twophase"] = False  # there is nothing to prepare
+                options["twophase"] = False  # there is nothing to prepare
                 reading = cast("SessionMaker", partial(make, **options))
             else:
                 reading = cast("SessionMaker", lambda: self.let_read(make()))
