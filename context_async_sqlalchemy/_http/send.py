@@ -16,7 +16,7 @@ SCOPE_KEY = "context_async_sqlalchemy"
 """In the scope of a request: its `RequestContext`, until it ends."""
 
 COMMITTED = "context_async_sqlalchemy.committed"
-"""In the scope of a request whose context has ended well, and was to commit."""
+"""In the scope of a request, from its commit on."""
 
 
 class RequestContext(DBSessionContext):
@@ -65,8 +65,6 @@ class RequestContext(DBSessionContext):
         """Let nothing refer to it that it refers to, when it has ended."""
         if self.scope.get(SCOPE_KEY) is self:
             del self.scope[SCOPE_KEY]
-            if self.commit and self.failure is None:
-                self.scope[COMMITTED] = True
         self.error = self.answered = None
 
     async def receive(self) -> Message:
@@ -97,6 +95,8 @@ class RequestContext(DBSessionContext):
     async def _settle_and_start(self, message: Message) -> None:
         if (settling := self.settle_by(message["status"])) is not None:
             await settling
+        if self.commit:
+            self.scope[COMMITTED] = True
         self._start()
         await self.send(message)
 
