@@ -1,10 +1,12 @@
 """A statement that was cancelled ends at the server, too, though its connection is closed at once.
 
 The drivers ask the server to cancel it, and wait. An anyio cancel scope, which a BaseHTTPMiddleware
-has, cancels that again: the statement would go on until its end, with its locks.
+has, cancels that again: the statement would go on until its end, with its locks. So it would in the
+thread of SQLite.
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Engine, PoolProxiedConnection, event
@@ -12,17 +14,19 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._engine.private_names import take_cancellations
+from context_async_sqlalchemy._engine.private_names import in_greenlet, take_cancellations
 from context_async_sqlalchemy._engine.shield import keep
 
 
 def cancel_at_server(engine: Engine) -> None:
-    """Do so for the connections of an engine, if they are PostgreSQL's."""
+    """Do so for the connections of an engine, if they are PostgreSQL's or SQLite's."""
     if engine.dialect.driver == "asyncpg":
         event.listen(engine.pool, "invalidate", _go_on_cancelling)
     elif engine.dialect.driver == "psycopg":
         event.listen(engine.pool, "checkout", _keep_address)
         event.listen(engine.pool, "invalidate", _cancel)
+    elif engine.dialect.driver == "aiosqlite":
+        event.listen(engine.pool, "invalidate", _interrupt)
 
 
 def _go_on_cancelling(
@@ -48,6 +52,19 @@ def _cancel(_: DBAPIConnection, entry: ConnectionPoolEntry, error: BaseException
     # psycopg has closed the connection already, and nothing of it is left to ask.
     if isinstance(error, asyncio.CancelledError) and _ADDRESS in entry.info:
         keep(asyncio.create_task(_send(entry.info.pop(_ADDRESS))), _cancelling)
+
+
+def _interrupt(_: DBAPIConnection, entry: ConnectionPoolEntry, __: BaseException | None) -> None:
+    # Its thread would go on until the end. Nor does sqlite3 end the transaction of a connection
+    # that is closed before the last cursor is collected as garbage.
+    driver: Any = entry.driver_connection
+    if not in_greenlet():  # the garbage collector calls
+        return
+    with suppress(ValueError, StopIteration):  # it is closed already; it has not waited
+        for operation in driver.rollback, driver.interrupt:
+            # Begun, and not waited for: in the queue of its thread, it is before the closing.
+            begun: asyncio.Future[None] = operation().send(None)
+            begun.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 async def _send(request: Any) -> None:

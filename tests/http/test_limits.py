@@ -6,8 +6,10 @@ import asyncio
 import gc
 import logging
 import socket
+import sqlite3
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -596,6 +598,23 @@ async def test_the_server_looks_whether_a_client_is_there_if_it_is_told_to(
         await asyncio.wait([sleeping])
         assert sleeping.exception() is not None
         await session.invalidate()
+
+
+async def test_on_sqlite_a_statement_that_is_stopped_lets_go_of_its_locks(
+    sqlite_connect: DBConnect, tmp_path: Path
+) -> None:
+    count = text(
+        "WITH RECURSIVE n (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 5000000)"
+        " SELECT count(*) FROM n"
+    )
+
+    async def handler(_: Request) -> None:
+        await (await add(sqlite_connect, "a")).execute(count)
+
+    assert (await answer_of(app_of(handler, timeout=SHORT)))[0] == 504
+    with closing(sqlite3.connect(tmp_path / "test.db", timeout=0)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # at once
+        assert other.execute("SELECT name FROM item").fetchall() == []
 
 
 # Clients that leave
