@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 import psutil
 import pytest
-import sqlalchemy
 from sqlalchemy import URL, make_url, text
 
 from context_async_sqlalchemy import CommitOutcomeUnknownError, DBConnect, db_session
@@ -24,13 +23,6 @@ from tests.helpers.database import Database, assert_clean
 from tests.helpers.postgres import free_port, frozen, new_server
 from tests.helpers.serving import http_client
 
-# Before 2.1, SQLAlchemy leaves a connection whose set-up was cancelled to the garbage collector,
-# and the slower the machine, the more often.
-LEFT_TO_THE_COLLECTOR = (
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-    if sqlalchemy.__version__ < "2.1"
-    else "error::pytest.PytestUnraisableExceptionWarning"
-)
 CREATE = "CREATE TABLE IF NOT EXISTS number (value int)"
 
 
@@ -239,7 +231,6 @@ async def test_a_silent_host_holds_nobody_up_who_leaves_it() -> None:
         assert not connections_to("127.0.0.1", silent.port)
 
 
-@pytest.mark.filterwarnings(LEFT_TO_THE_COLLECTOR)
 async def test_requests_that_give_up_do_not_keep_the_primary_from_being_found() -> None:
     with (
         new_server("127.0.0.1", free_port()) as silent,
