@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy
 import stamina
+from packaging.version import Version
 from sqlalchemy import URL, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -37,14 +38,14 @@ from tests.helpers.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
 
-# SQLAlchemy 2.0 leaves a connection of asyncpg whose set-up was cancelled to the garbage collector,
+# SQLAlchemy before 2.0.53 leaves a connection whose opening was cancelled to the garbage collector,
 # which may come in any later test.
-LEAVES_TO_THE_COLLECTOR = sqlalchemy.__version__ < "2.1"
+LEAVES_TO_THE_COLLECTOR = Version(sqlalchemy.__version__) < Version("2.0.53")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if LEAVES_TO_THE_COLLECTOR:
-        config.addinivalue_line("filterwarnings", "ignore:unclosed:ResourceWarning")
+        config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
     # pytest-xdist workers inherit the environment of the process that starts them.
     if not hasattr(config, "workerinput") and "TEST_DATABASE_URL" not in os.environ:
         os.environ["TEST_DATABASE_URL"] = _resources.enter_context(postgres_server())

@@ -128,8 +128,8 @@ async def _begin(sessions: list[SessionT]) -> None:
     errors: list[Exception] = []
 
     async def take(session: AsyncSession) -> None:
-        # The error of one does not cancel the others: SQLAlchemy 2.0 forgets a connection that is
-        # being opened then, and before #13699 one that is being reset.
+        # The error of one does not cancel the others: SQLAlchemy before 2.0.53 forgets a connection
+        # that is being opened then, and before #13699 one that is being reset.
         try:
             await _take(session, {SNAPSHOT: snapshot})
         except Exception as error:

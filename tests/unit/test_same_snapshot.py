@@ -301,7 +301,7 @@ async def test_a_failure_does_not_cancel_the_others_as_they_open_a_connection(
 
 
 async def warm(connect: DBConnect) -> None:
-    """Fill the pool: SQLAlchemy 2.0 forgets a connection if it is cancelled as it opens it."""
+    """Fill the pool: before 2.0.53, SQLAlchemy forgets a connection that it opens."""
     async with same_snapshot(connect, 5):
         pass
 
