@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from contextvars import Context
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -93,7 +94,8 @@ class Standby:
         while True:
             # However many wait, one asks; and who waits holds no connection.
             if self._asking is None:
-                self._asking = asyncio.create_task(self._ask(times))
+                # For all of them, so not in the context of the one: it is no query of its request.
+                self._asking = asyncio.create_task(self._ask(times), context=Context())
             await asyncio.wait([self._asking])
             if self._told == _SILENT:
                 return False

@@ -40,6 +40,7 @@ from context_async_sqlalchemy.fastapi_utils import (
     add_fastapi_http_db_session_middleware,
     fastapi_http_db_session_middleware,
 )
+from context_async_sqlalchemy.observability import count_queries
 from context_async_sqlalchemy.replicas import Replicated, on_primary, on_replica
 from context_async_sqlalchemy.test_utils import set_test_context, shared_transaction
 from tests.helpers.cluster import copy_of, primary_and_standby
@@ -225,6 +226,23 @@ async def test_a_position_that_was_reached_is_not_asked_for_again(
     for _ in range(3):
         assert await read_by(client) == ["replica", ["milk"]]
     assert asked == []
+
+
+async def test_what_a_replica_is_asked_is_no_query_of_the_request(
+    database: Replicated[Any], asked: list[AsyncEngine]
+) -> None:
+    app = app_of(database)
+
+    @app.get("/queries")
+    async def queries() -> list[str]:
+        async with count_queries() as queries:
+            await read(database)
+        return queries.statements
+
+    async with http_client(app) as client:
+        assert (await client.post("/notes/milk")).status_code == 201
+        assert await read_by(client, "/queries") == [WHO, SELECT]
+    assert asked
 
 
 async def test_a_cookie_that_the_application_has_not_made_steers_nothing(
