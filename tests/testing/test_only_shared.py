@@ -7,15 +7,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 from sqlalchemy.exc import InvalidRequestError
 from starlette.requests import Request
 
 from context_async_sqlalchemy import DBConnect, new_db_session_ctx, run_in_new_ctx
 from context_async_sqlalchemy._testing.only_shared import refuse_other_connections
+from context_async_sqlalchemy.postgres import keep_on_primary
 from context_async_sqlalchemy.starlette_utils import database_health
 from context_async_sqlalchemy.test_utils import shared_transaction
 from tests.helpers.connections import connections_out
+from tests.helpers.database import Database
 from tests.helpers.shared import Served, names_after, names_in
 
 REFUSED = "outside of a test's transaction"
@@ -50,6 +52,22 @@ async def test_a_health_check_is_refused(tested: DBConnect) -> None:
     with refuse_other_connections():
         assert (await database_health(tested)(request)).status_code == 503
     assert (await database_health(tested)(request)).status_code == 200
+
+
+async def test_a_look_for_the_primary_is_refused_and_the_test_goes_on(
+    database_url: URL, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    host = f"{database_url.host}:{database_url.port}"
+    async with DBConnect.from_url(
+        database_url, before_create_session_handler=keep_on_primary([host])
+    ) as connect:
+        with refuse_other_connections():
+            async with shared_transaction(connect) as session:
+                await run_in_new_ctx(Served(connect).insert, "a")
+                assert await names_in(session) == ["a"]
+    assert f"The host {host} does not say what it is: InvalidRequestError" in caplog.messages
+    assert await database.names() == []
 
 
 def test_what_is_refused_is_not_even_connected(tmp_path: Path) -> None:
