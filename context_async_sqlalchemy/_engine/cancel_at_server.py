@@ -21,12 +21,12 @@ from context_async_sqlalchemy._engine.shield import keep
 def cancel_at_server(engine: Engine) -> None:
     """Do so for the connections of an engine, if they are PostgreSQL's or SQLite's."""
     if engine.dialect.driver == "asyncpg":
-        event.listen(engine.pool, "invalidate", _go_on_cancelling)
+        event.listen(engine, "invalidate", _go_on_cancelling)
     elif engine.dialect.driver == "psycopg":
-        event.listen(engine.pool, "checkout", _keep_address)
-        event.listen(engine.pool, "invalidate", _cancel)
+        event.listen(engine, "checkout", _keep_address)
+        event.listen(engine, "invalidate", _cancel)
     elif engine.dialect.driver == "aiosqlite":
-        event.listen(engine.pool, "invalidate", _interrupt)
+        event.listen(engine, "invalidate", _interrupt)
 
 
 def _go_on_cancelling(

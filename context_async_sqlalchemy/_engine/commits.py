@@ -92,7 +92,7 @@ class _Check:
         self._do_commit = engine.dialect.do_commit
         self._commit_and_ask = _COMMIT.get(engine.dialect.driver, _commit_unasked)
         replace_of_dialect(engine.dialect, "do_commit", self._commit)
-        event.listen(engine.pool, "checkin", _clean)
+        event.listen(engine, "checkin", _clean)
         cancel_at_server(engine)
         event.listen(engine, "handle_error", _note_error)
 

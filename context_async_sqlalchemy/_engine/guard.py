@@ -93,7 +93,7 @@ class _Guard:
         self._do_close = engine.dialect.do_close
         check_commits(engine)
         replace_of_dialect(engine.dialect, "do_close", self._close)
-        event.listen(engine.pool, "checkin", self._on_checkin)
+        event.listen(engine, "checkin", self._on_checkin)
 
     def _close(self, connection: DBAPIConnection) -> None:
         # A polite close may wait forever for a silent server. The connections of an engine that is

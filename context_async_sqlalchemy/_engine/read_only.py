@@ -93,6 +93,8 @@ def _copy_of(engine: AsyncEngine, mode: Mode) -> AsyncEngine:
                 "run_in_new_ctx()."
             )
         check_commits(engine.sync_engine)  # not first of a copy: the engine would not be heard
+        if not copies:
+            event.listen(engine.sync_engine, "reset", _restore)
         copies[mode] = copy = engine.execution_options(**{READ_ONLY: mode})
         refuse = _refuse_in_autocommit if mode is True else _refuse_writes
         event.listen(copy.sync_engine, "before_cursor_execute", refuse, retval=True)
@@ -122,10 +124,7 @@ def _prepare(connection: Connection) -> None:
     # With isolation_level among the options of the copy, SQLAlchemy would not notice that setting
     # it, or setting it back, was cancelled: the connection would not come home. With SQLite, it
     # would not be set back to what it was.
-    fairy, pool = connection.connection, connection.engine.pool
-    if _RESTORE not in vars(pool):
-        setattr(pool, _RESTORE, True)
-        event.listen(pool, "reset", _restore)
+    fairy = connection.connection
     try:
         fairy.info[_RESTORE] = _set(connection.dialect, fairy.dbapi_connection, connection)
     except BaseException:

@@ -18,7 +18,7 @@ def prepare_sqlite(engine: Engine) -> None:
     """Let the transactions of an engine hold all their statements; enforce its foreign keys."""
     event.listen(engine, "connect", _enforce_foreign_keys)
     event.listen(engine, "begin", begin)
-    event.listen(engine.pool, "checkin", _forget)
+    event.listen(engine, "checkin", _forget)
 
 
 def begin(connection: Connection) -> None:

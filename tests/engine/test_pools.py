@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
-from sqlalchemy import URL, NullPool, text
+from sqlalchemy import URL, Engine, NullPool, Pool, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -49,6 +50,38 @@ async def becomes(condition: Callable[[], Awaitable[bool] | bool]) -> None:
             if result if isinstance(result, bool) else await result:
                 return
             await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("driver", [*DRIVERS, "aiosqlite"])
+async def test_listeners_are_those_of_the_engine(
+    database_url: URL, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SQLAlchemy knows a listener by the address of its target and of its function. dispose() gives
+    # the listeners of a pool to the next one, and the address to anybody: two pools that share it
+    # lose each other's registrations when the garbage collector comes meanwhile.
+    targets: list[Any] = []
+    listen = event.listen
+
+    def note(target: Any, identifier: str, fn: Any, **options: Any) -> None:
+        # Not SQLAlchemy's closures, nor methods: each engine has its own.
+        if inspect.isfunction(fn) and fn.__module__.startswith("context_async_sqlalchemy."):
+            targets.append(target)
+        listen(target, identifier, fn, **options)
+
+    monkeypatch.setattr(event, "listen", note)
+    is_sqlite = driver == "aiosqlite"
+    url = URL.create("sqlite", database=str(tmp_path / "a.db")) if is_sqlite else database_url
+    mode: Any = True if is_sqlite else "snapshot"
+    async with DBConnect.from_url(
+        url.set(drivername=f"{url.drivername.split('+')[0]}+{driver}")
+    ) as connect:
+        for _ in range(2):
+            async with new_db_session_ctx():
+                await (await db_session(connect)).execute(text("SELECT 1"))
+                await (await db_session(connect, read_only=mode)).execute(text("SELECT 1"))
+            await connect.close()
+    assert any(isinstance(target, Engine) for target in targets)
+    assert not [target for target in targets if isinstance(target, Pool)]
 
 
 async def test_a_pool_is_counted(database_url: URL) -> None:
