@@ -70,7 +70,7 @@ class Server:
         self.data, self.system_user = data, system_user
         self.host, self.port = host, port
         self.options = (
-            f"-h {host} -p {port} -c unix_socket_directories= -c max_connections=300 -c fsync=off"
+            f"-h {host} -p {port} -c unix_socket_directories= -c max_connections=1000 -c fsync=off"
             # In `data`, so that it is deleted even after a kill.
             f" -c dynamic_shared_memory_type=mmap {options}"
         )
