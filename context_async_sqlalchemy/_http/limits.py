@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from context_async_sqlalchemy._engine.driver_errors import was_canceled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._http.options import checked_methods
-from context_async_sqlalchemy._http.send import COMMITTED, SCOPE_KEY
+from context_async_sqlalchemy._http.send import COMMITS
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -113,6 +113,8 @@ class _Request:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
+        self._commits: list[object] = []
+        scope[COMMITS] = self._commits
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._block = asyncio.timeout(None)
@@ -145,7 +147,7 @@ class _Request:
             self._timer = self._loop.call_at(self._deadline, self.stop, 504)
 
     def seconds_left(self) -> float | None:
-        if self._deadline is None or self.is_answered or self._has_commit_begun():
+        if self._deadline is None or self.is_answered or self._commits:
             return None
         return self._deadline - self._loop.time()
 
@@ -160,16 +162,12 @@ class _Request:
         """Cancel what the application does, unless it has answered: what it did is committed."""
         if self.is_answered or self._is_stopped or self._has_ended:
             return
-        if self._has_commit_begun():
+        if self._commits:
             # The commit may fail, and the request be tried again.
             self._timer = self._loop.call_later(_MOMENT, self.stop, status)
             return
         self._is_stopped, self._status = True, status
         self._block.reschedule(self._loop.time())
-
-    def _has_commit_begun(self) -> bool:
-        context = self._scope.get(SCOPE_KEY)
-        return context.commit if context is not None else COMMITTED in self._scope
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":

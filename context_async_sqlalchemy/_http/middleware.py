@@ -122,8 +122,7 @@ class ASGIHTTPDBSessionMiddleware:
             raise
         else:
             if not context.end_at_once():
-                commit = context.succeeded()
-                await finish(context, commit=commit, before_commit=self.before_commit)
+                await finish(context, commit=context.succeeded(), before_commit=self.before_commit)
         finally:
             context.forget()
 

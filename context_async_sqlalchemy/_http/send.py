@@ -15,8 +15,8 @@ from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
 SCOPE_KEY = "context_async_sqlalchemy"
 """In the scope of a request: its `RequestContext`, until it ends."""
 
-COMMITTED = "context_async_sqlalchemy.committed"
-"""In the scope of a request, from its commit on."""
+COMMITS = "context_async_sqlalchemy.commits"
+"""In the scope, or a copy, of a request with limits: a list of what has begun to commit."""
 
 
 class RequestContext(DBSessionContext):
@@ -67,6 +67,9 @@ class RequestContext(DBSessionContext):
             del self.scope[SCOPE_KEY]
         self.error = self.answered = None
 
+    def note_commit(self) -> None:
+        self.scope.get(COMMITS, []).append(self)
+
     async def receive(self) -> Message:
         """Receive a message: a server that goes on reading then does so from here, for good."""
         token = _context.set(None)
@@ -95,8 +98,6 @@ class RequestContext(DBSessionContext):
     async def _settle_and_start(self, message: Message) -> None:
         if (settling := self.settle_by(message["status"])) is not None:
             await settling
-        if self.commit:
-            self.scope[COMMITTED] = True
         self._start()
         await self.send(message)
 
@@ -115,14 +116,13 @@ class RequestContext(DBSessionContext):
         await send_hidden(self.send, message)
 
     def settle_by(self, status: int) -> Awaitable[None] | None:
-        """Settle what is open, unless it is the body's, by the status of the response.
-
-        Return what has to be waited for, if there is anything.
-        """
+        """Settle by the status what is open, unless it is the body's; return what to wait for."""
         if self.error is not None and (sys.exception() is self.error or status >= 400):
             # Another middleware answers it, and what the body has begun is of no use.
             self.error, self.was_settled = None, False
         self.commit = self.asks_for_commit(status)
+        if self.commit:
+            self.note_commit()
         if self.was_settled and (self.commit or status == self.handed_over):
             return None
         if self.is_settled():

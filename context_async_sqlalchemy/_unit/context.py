@@ -98,6 +98,9 @@ class DBSessionContext:
             self.held = tuple(h for h in self.held if given_session(h.session) is not session)
         return session
 
+    def note_commit(self) -> None:
+        """Called when a commit begins."""
+
     def enter(self) -> None:
         """Make it the context of this task."""
         self.token = _context.set(self)

@@ -62,6 +62,8 @@ def settle(
 ) -> Coroutine[Any, Any, None]:
     """Commit or roll back what is open in a context now."""
     commit = commit and not context.rolls_back
+    if commit:
+        context.note_commit()
     if context.commits is None:
         return _settle(context, commit, before_commit)
     return context.commits.settle(context, commit, partial(_settle, before_commit=before_commit))

@@ -16,10 +16,10 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from packaging.version import Version
-from sqlalchemy import URL, text
+from sqlalchemy import URL, insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
@@ -38,16 +38,35 @@ from context_async_sqlalchemy.asgi_utils import (
     deadline_settings,
     set_deadline,
 )
+from context_async_sqlalchemy.fastapi_utils import (
+    DBSessionDependency,
+    add_fastapi_http_db_session_middleware,
+)
 from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_session_middleware
 from tests.helpers.asgi import add, http_scope, respond
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database, assert_clean
 from tests.helpers.late_start import Holding, Spawning
+from tests.helpers.models import Item
 from tests.helpers.proxy import Call, Fault, proxy
 from tests.helpers.servers import SERVERS, running_server
 from tests.helpers.serving import http_client, serve
 
 Handler = Callable[[Request], Awaitable[Any]]
+
+
+class Passing:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+class Copying(Passing):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(dict(scope), receive, send)
+
 
 SLEEP = text("SELECT pg_sleep(30)")
 SHORT = 0.2
@@ -253,11 +272,11 @@ async def test_whoever_leaves_after_the_start_is_not_stopped_by_it(connect: DBCo
             await ended.wait()
 
 
-@pytest.mark.parametrize("middlewares", [[], [Holding], [Spawning], [Holding, Spawning]])
+@pytest.mark.parametrize("middlewares", [[], [Holding, Spawning]])
 @pytest.mark.parametrize("streams", [False, True])
-@pytest.mark.parametrize("is_mounted", [False, True])
+@pytest.mark.parametrize("around", ["nothing", "a mount", "a copy"])
 async def test_a_commit_that_has_begun_is_not_interrupted(
-    database_url: URL, database: Database, middlewares: list[Any], streams: bool, is_mounted: bool
+    database_url: URL, database: Database, middlewares: list[Any], streams: bool, around: str
 ) -> None:
     begun, called = asyncio.Event(), list[str]()
 
@@ -284,7 +303,9 @@ async def test_a_commit_that_has_begun_is_not_interrupted(
         target = database_url.set(host="127.0.0.1", port=port)
         async with DBConnect.from_url(target) as connect:
             app = app_of(handler, *middlewares)
-            if is_mounted:  # with its own middleware, and only the limits around
+            if around == "a copy":
+                app.user_middleware.insert(1, Middleware(Copying))
+            elif around == "a mount":  # with its own middleware, and only the limits around
                 app.user_middleware.pop(0)
                 app = Starlette(routes=[Mount("/", app)])
                 app.add_middleware(RequestLimitsMiddleware)
@@ -295,31 +316,48 @@ async def test_a_commit_that_has_begun_is_not_interrupted(
     assert await database.names() == ["a"]
 
 
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("has_middleware", [False, True])
+@pytest.mark.parametrize("when", ["at the end", "by hand", "in the background"])
 async def test_what_was_committed_is_answered_by_a_middleware_that_takes_its_time(
-    connect: DBConnect, database: Database
+    connect: DBConnect, database: Database, copies: bool, has_middleware: bool, when: str
 ) -> None:
-    class Storing:
-        def __init__(self, app: ASGIApp) -> None:
-            self.app = app
-
+    class Storing(Copying if copies else Passing):  # type: ignore[misc]
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
             messages: list[Message] = []
 
             async def keep(message: Message) -> None:
                 messages.append(message)
 
-            await self.app(scope, receive, keep)
+            await super().__call__(scope, receive, keep)
             await asyncio.sleep(2 * SHORT)
             for message in messages:
                 await send(message)
 
-    async def handler(_: Request) -> None:
-        await add(connect, "a")
-        set_deadline(SHORT)
+    async def write(session: AsyncSession) -> None:
+        await session.execute(insert(Item).values(name="a"))
 
-    app = app_of(handler)
-    app.user_middleware.insert(1, Middleware(Storing))  # between the limits and the commit
-    assert await answer_of(app) == (200, "done")
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(
+        background: BackgroundTasks,
+        session: AsyncSession = Depends(DBSessionDependency(connect)),  # noqa: B008
+    ) -> str:
+        if when == "in the background":
+            background.add_task(write, session)
+        else:
+            await write(session)
+        if when == "by hand":
+            await session.commit()
+        set_deadline(SHORT)
+        return "done"
+
+    if has_middleware:
+        add_fastapi_http_db_session_middleware(app)
+    app.add_middleware(Storing)
+    app.add_middleware(RequestLimitsMiddleware)
+    assert await answer_of(app) == (200, '"done"')
     assert await database.names() == ["a"]
 
 
