@@ -14,9 +14,8 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.options import SessionT_co
-from context_async_sqlalchemy._engine.read_only import INSTEAD
+from context_async_sqlalchemy._engine.read_only import INSTEAD, TRANSACTIONS, copy_of
 from context_async_sqlalchemy._engine.standby import Standby, Times, ask
 from context_async_sqlalchemy._http.position_cookie import UNKNOWN, PositionCookie
 from context_async_sqlalchemy._http.replay import ATTEMPT
@@ -268,12 +267,13 @@ def _name(context: DBSessionContext | None) -> str:
 
 def _reading(engine: AsyncEngine) -> AsyncEngine:
     """Return a copy of an engine with READ ONLY transactions, whose errors say what to do."""
+    if engine.dialect.name != "postgresql":
+        return engine  # of a developer, who has no replica
     kept = vars(engine.sync_engine)
     copied: AsyncEngine | None = kept.get(_COPY)
     if copied is None:
-        check_commits(engine.sync_engine)  # not first of a copy: the engine would not be heard
-        options = {"postgresql_readonly": True, INSTEAD: _INSTEAD}
-        copied = kept[_COPY] = engine.execution_options(**options)
+        reading = copy_of(engine, TRANSACTIONS)
+        copied = kept[_COPY] = reading.execution_options(**{INSTEAD: _INSTEAD})
         event.listen(copied.sync_engine, "handle_error", partial(_explain, engine))
     return copied
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, StaticPool, event
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
@@ -24,6 +24,9 @@ Mode: TypeAlias = Literal[True, "snapshot"]
 
 READ_ONLY = "context_async_sqlalchemy.read_only"
 """In the `info` of a session that only reads, and in the options of its connections: its mode."""
+
+TRANSACTIONS: Final = "transactions"
+"""A mode of connections only: READ ONLY transactions, in which PostgreSQL refuses what writes."""
 
 INSTEAD = "context_async_sqlalchemy.instead"
 """In the options of connections on which only reading makes sense: what to do instead."""
@@ -71,7 +74,7 @@ def reading_engine(session: AsyncSession, connect: object, mode: Mode) -> AsyncE
             "read_only=True has no transaction, so that a tenant, for one, would not be set: ask "
             "with read_only='snapshot', or read_only=False"
         )
-    return _copy_of(engine, mode)
+    return copy_of(engine, mode)
 
 
 def takes_what_it_is_given(session: AsyncSession) -> bool:
@@ -81,11 +84,11 @@ def takes_what_it_is_given(session: AsyncSession) -> bool:
     return given is AsyncSession.__init__ and sync_given is Session.__init__
 
 
-def _copy_of(engine: AsyncEngine, mode: Mode) -> AsyncEngine:
-    # It shares the pool, the dialect, and the listeners.
-    copies: dict[Mode, AsyncEngine] = vars(engine.sync_engine).setdefault(_COPIES, {})
+def copy_of(engine: AsyncEngine, mode: Mode | Literal["transactions"]) -> AsyncEngine:
+    """Return a copy of an engine that only reads; it shares the pool, dialect, and listeners."""
+    copies: dict[object, AsyncEngine] = vars(engine.sync_engine).setdefault(_COPIES, {})
     if mode not in copies:
-        if mode is not True and engine.dialect.name != "postgresql":
+        if mode == "snapshot" and engine.dialect.name != "postgresql":
             raise InvalidRequestError(
                 "read_only='snapshot', and so same_snapshot(), is for PostgreSQL, not "
                 f"{engine.dialect.name}: SQLAlchemy cannot begin a REPEATABLE READ, READ ONLY "
@@ -96,8 +99,9 @@ def _copy_of(engine: AsyncEngine, mode: Mode) -> AsyncEngine:
         if not copies:
             event.listen(engine.sync_engine, "reset", _restore)
         copies[mode] = copy = engine.execution_options(**{READ_ONLY: mode})
-        refuse = _refuse_in_autocommit if mode is True else _refuse_writes
-        event.listen(copy.sync_engine, "before_cursor_execute", refuse, retval=True)
+        if mode != TRANSACTIONS:
+            refuse = _refuse_in_autocommit if mode is True else _refuse_writes
+            event.listen(copy.sync_engine, "before_cursor_execute", refuse, retval=True)
         event.listen(copy.sync_engine, "engine_connect", _prepare)
         event.listen(copy.sync_engine, "set_connection_execution_options", _set_snapshot)
     return copies[mode]
@@ -137,14 +141,17 @@ def _set(dialect: Any, driver: Any, connection: Connection) -> Callable[[], None
     if dialect.name == "sqlite":
         level, driver.isolation_level = driver.isolation_level, None
         return partial(setattr, driver, "isolation_level", level)
-    is_snapshot = connection.get_execution_options()[READ_ONLY] is not True
-    dialect.set_isolation_level(driver, "REPEATABLE READ" if is_snapshot else "AUTOCOMMIT")
-    if is_snapshot:
+    mode = connection.get_execution_options()[READ_ONLY]
+    if mode != TRANSACTIONS:
+        level = "AUTOCOMMIT" if mode is True else "REPEATABLE READ"
+        dialect.set_isolation_level(driver, level)
+    if mode is not True:
         dialect.set_readonly(driver, True)
 
     def restore() -> None:
-        dialect.reset_isolation_level(driver)
-        if is_snapshot:
+        if mode != TRANSACTIONS:
+            dialect.reset_isolation_level(driver)
+        if mode is not True:
             dialect.set_readonly(driver, None)  # False is READ WRITE to psycopg, also on a standby
 
     return restore

@@ -161,8 +161,8 @@ async def _take(session: AsyncSession, options: dict[str, Any]) -> None:
 _HOLDS = (
     "same_snapshot() takes connections, and a session of this context holds one of the same pool: "
     "requests that each hold one and wait for more would wait for each other. Give it back before, "
-    "with 'await commit_db_session(connect)'. The sessions on the snapshot see only what is "
-    "committed, in any case."
+    "with 'await commit_db_session(connect)', or, as in a request with an idempotency key, take "
+    "the sessions from another connect. They see only what is committed, in any case."
 )
 _ENDED = (
     "This session is on the snapshot of same_snapshot(), and its transaction has ended, by a "

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from fastapi import Depends, FastAPI, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import TextClause, text
+from sqlalchemy import TextClause, make_url, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -710,6 +710,22 @@ async def test_reads_that_no_replica_serves_leave_the_primary_to_those_who_write
             assert sorted(statuses) == [200] * 2 + [503] * 18
         assert fallback.engine is not None
     assert fallback.engine is None
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_the_connections_of_another_replica_stay_as_they_were(
+    cluster: tuple[Server, Server], driver: str
+) -> None:
+    # READ WRITE, which a transaction must not ask for there.
+    url = make_url(cluster[1].url).set(drivername=f"postgresql+{driver}")
+    fallback = DBConnect.from_url(url, pool_size=1, max_overflow=0)
+    async with made(*cluster, fallback=fallback) as database:
+        async with http_client(app_of(database)) as client:
+            client.headers["Cookie"] = cookie_with(UNKNOWN)
+            for _ in range(2):
+                await read_by(client)
+        async with new_db_session_ctx():
+            assert await read(fallback)
 
 
 async def test_either_connect_may_change_its_host(
