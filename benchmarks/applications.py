@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeAlias
 
-from sqlalchemy import text
+from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from benchmarks.frameworks import Framework, Handler, build_fastapi
 from benchmarks.work import RAW_STEPS, Step
-from context_async_sqlalchemy.asgi_types import ASGIApp
+from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 
 OpenApp: TypeAlias = Callable[..., AbstractAsyncContextManager[ASGIApp]]
 """Open the application for a database URL, with the options of its engine."""
@@ -59,6 +60,51 @@ async def this_library_watched(
         yield ASGIRequestReportMiddleware(
             app, report=lambda _: None, slow_query_threshold=60.0, sql_comments={"route"}
         )
+
+
+@asynccontextmanager
+async def this_library_limited(
+    framework: Framework, url: str, **options: Any
+) -> AsyncGenerator[ASGIApp]:
+    from context_async_sqlalchemy.asgi_utils import RequestLimitsMiddleware, deadline_settings
+
+    async with this_library(
+        framework, url, transaction_settings=deadline_settings, **options
+    ) as app:
+        yield RequestLimitsMiddleware(app, timeout=60.0, cancel_on_disconnect={"GET"})
+
+
+@asynccontextmanager
+async def this_library_with_keys(
+    framework: Framework, url: str, **options: Any
+) -> AsyncGenerator[ASGIApp]:
+    from context_async_sqlalchemy import DBConnect, db_session, new_non_ctx_atomic_session
+    from context_async_sqlalchemy.idempotency import IdempotencyMiddleware, idempotency_table
+
+    table = idempotency_table(MetaData(), "bench_key")
+    async with DBConnect.from_url(url, **options) as connect:
+        async with new_non_ctx_atomic_session(connect) as session:
+            await session.run_sync(lambda s: table.metadata.create_all(s.connection()))
+        app = framework.build(partial(_asking, db_session, connect))
+        app.add_middleware(
+            IdempotencyMiddleware,
+            connect=connect,
+            table=table,
+            caller=lambda _: "",
+            methods={"GET"},
+        )
+        app = framework.add_library(app)
+        numbers = itertools.count()
+
+        async def with_key(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/insert":  # a streamed answer cannot be stored
+                key = (b"idempotency-key", b'"%d"' % next(numbers))
+                scope["headers"] = [*scope["headers"], key]
+            await app(scope, receive, send)
+
+        yield with_key
+        async with new_non_ctx_atomic_session(connect) as session:
+            await session.run_sync(lambda s: table.metadata.drop_all(s.connection()))
 
 
 @asynccontextmanager

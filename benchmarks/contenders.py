@@ -148,6 +148,31 @@ CONTENDERS = [
         "Each request is reported, with its route in a comment of each statement: "
         "`ASGIRequestReportMiddleware`.",
     ),
+    Contender(
+        "FastAPI",
+        f"{LIBRARY}, verify_commits",
+        partial(applications.this_library, FRAMEWORKS["FastAPI"], verify_commits=True),
+        "Asks for the number of each transaction, to look a lost COMMIT up: `verify_commits`.",
+        option="verify_commits",
+        routes=("select", "insert"),
+        around=("BEGIN", "SELECT xid::text, concat_ws", "COMMIT"),
+    ),
+    Contender(
+        "FastAPI",
+        f"{LIBRARY}, limits",
+        partial(applications.this_library_limited, FRAMEWORKS["FastAPI"]),
+        "A deadline, also at the server, and an eye on the client: `RequestLimitsMiddleware` with "
+        "`deadline_settings`.",
+        routes=("select", "insert"),
+    ),
+    Contender(
+        "FastAPI",
+        f"{LIBRARY}, idempotency keys",
+        partial(applications.this_library_with_keys, FRAMEWORKS["FastAPI"]),
+        "Each request has a key, which is stored with its answer: `IdempotencyMiddleware`.",
+        routes=("insert",),
+        around=("BEGIN", "WITH before AS", "UPDATE bench_key SET status=$", "COMMIT"),
+    ),
     _with_settings(LIBRARY),
     _with_settings(IN_FLIGHT, begin_with_first_statement=True),
     Contender(

@@ -18,7 +18,15 @@ from context_async_sqlalchemy.asgi_types import ASGIApp
 from tests.helpers.proxy import Call, Fault, proxy
 
 WARM_UP = 3
-_ENDS = ("BEGIN", "COMMIT", "ROLLBACK", "SELECT set_config")
+_ENDS = (
+    "BEGIN",
+    "COMMIT",
+    "ROLLBACK",
+    "SELECT set_config",
+    "SELECT xid",
+    "WITH before",
+    "UPDATE bench_key",
+)
 
 
 @asynccontextmanager
