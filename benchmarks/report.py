@@ -52,6 +52,18 @@ ANSWERS = {  # a column of the page
     "BEGIN in the flight": f"FastAPI: {IN_FLIGHT}",
 }
 
+OPTIONS = [
+    c
+    for c in CONTENDERS
+    if c.name.startswith(f"{LIBRARY}, ") and c.name not in (READ_ONLY, IN_FLIGHT)
+]
+OPTION_COSTS = {  # a column of the second table: its section and column
+    "CPU time, SELECT": ("cpu", "select"),
+    "CPU time, INSERT": ("cpu", "insert"),
+    "INSERT, server 1 ms away": ("distance", "insert"),
+    "round trips, INSERT": ("trips", "insert"),
+}
+
 _PAGE = """\
 # Benchmarks
 
@@ -63,7 +75,7 @@ In brackets is the ratio to *by hand*. The last column has the other libraries a
 `Depends`.
 
 {table}
-{legend}[Tables](benchmarks/tables.md) has the other frameworks and how each figure spreads.
+{legend}{options}[Tables](benchmarks/tables.md) has the other frameworks, and how figures spread.
 
 ## How it is measured
 
@@ -82,6 +94,11 @@ _PLOT = """\
 A bar is the CPU time of one request with FastAPI: the shorter, the better. The dashed line is the
 same request *by hand*, `async with maker() as s, s.begin()` in each handler; the thin line at the
 end of a bar is the middle half of the rounds.
+
+"""
+
+_OPTIONS = """\
+With an option, a request takes, again with the ratio to *by hand*, which has none of this:
 
 """
 
@@ -126,6 +143,7 @@ def render(results: Any) -> dict[str, str]:
         legend="".join(
             text for name, text in _LEGENDS.items() if _has(results, f"FastAPI: {name}")
         ),
+        options=_options(results),
         report=COMMAND,
         command=results["command"],
         where=", ".join(f"{name} {versions[name]}" for name in packages),
@@ -178,6 +196,18 @@ def _questions(results: Any) -> str:
     return _table(["", *keys, "others"], rows)
 
 
+def _options(results: Any) -> str:
+    units = {section.name: section.unit for section in SECTIONS}
+    rows = []
+    for name, key in [("none", OURS), *((c.name, c.key) for c in OPTIONS if _has(results, c.key))]:
+        cells = [
+            short_cell(_figure(results, section, key, column), units[section])
+            for section, column in OPTION_COSTS.values()
+        ]
+        rows.append([name.removeprefix(f"{LIBRARY}, "), *cells])
+    return f"{_OPTIONS}{_table(['', *OPTION_COSTS], rows)}\n" if len(rows) > 1 else ""
+
+
 def _range(results: Any, section: str, column: str) -> str:
     figures = [_figure(results, section, key, column) for key in RIVALS]
     ratios = [figure["ratio"] for figure in figures if figure is not None and "ratio" in figure]
@@ -209,7 +239,9 @@ def _plotted(section: Section, results: Any) -> dict[str, Any]:
     return {
         key.removeprefix("FastAPI: "): figures
         for key, figures in results["figures"][section.name].items()
-        if key.startswith("FastAPI") and not key.endswith((LEAST, LIMIT, SETTINGS, AUTOCOMMIT))
+        if key.startswith("FastAPI")
+        and not key.endswith((LEAST, LIMIT, SETTINGS, AUTOCOMMIT))
+        and key not in (option.key for option in OPTIONS)
     }
 
 
