@@ -15,6 +15,9 @@ NEWEST_PYTHON = $(shell for p in python3.13 ~/.pyenv/versions/3.13.*/bin/python 
 	python3.12 ~/.pyenv/versions/3.12.*/bin/python $(PYTHON); do \
 	$$p -c 'import ensurepip' 2>&- && echo $$p && break; done)
 
+# Set in many a container, it lets each process that a test starts compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-oldest lint format docs docs-serve bench bench-quick soak clean
 
 demo: $(VENV)/.demo  ## the main job, shown; DATABASE_URL=postgresql+asyncpg://… for another server
