@@ -29,6 +29,12 @@ from tests.helpers.pgbouncer import CONNECT_ARGS
 # asyncpg raises if it is in the middle of noticing.
 LOST = (DBAPIError, asyncpg.InternalClientError)
 
+# Of what is nearly empty, this takes a tenth of the time of a TRUNCATE.
+EMPTY = ";".join(
+    f"DELETE FROM {table}; SELECT setval('{table}_id_seq', 1, false)"
+    for table in ("item", "seat", "purse", "ledger")
+)
+
 
 def server_url() -> URL:
     return make_url(os.environ["TEST_DATABASE_URL"]).set(drivername="postgresql+asyncpg")
@@ -59,8 +65,8 @@ class Database:
         self._connection = connection
 
     async def empty(self) -> None:
-        """Delete every row."""
-        await self._connection.execute("TRUNCATE item, seat, purse, ledger RESTART IDENTITY")
+        """Delete every row, and number the next ones from 1."""
+        await self._connection.execute(EMPTY)
 
     async def names(self) -> list[str]:
         """Return the names of the committed items, in the order they were made."""
