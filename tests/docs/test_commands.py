@@ -76,7 +76,19 @@ def with_what_comes_first(reader: Reader) -> Reader:
 
 
 ALL = [without_exceptions(with_what_comes_first(r)) for page in PAGES for r in readers_of(page)]
-READERS = [reader for reader in ALL if reader.commands]
+WORK = [[(step.text, step.file) for step in reader.steps] for reader in ALL]
+
+
+def is_done_by_another(number: int) -> bool:
+    """Return whether another reader begins with all that this one does."""
+    mine = WORK[number]
+    return any(
+        work[: len(mine)] == mine and (len(work), other) > (len(mine), number)
+        for other, work in enumerate(WORK)
+    )
+
+
+READERS = [r for n, r in enumerate(ALL) if r.commands and not is_done_by_another(n)]
 IDS = [f"{name_of(reader.page)}-{number}" for number, reader in enumerate(READERS)]
 QUICKSTART = 'pip install ".[fastapi,sqlite]" uvicorn\nuvicorn examples.quickstart:app'
 
