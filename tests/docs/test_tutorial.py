@@ -48,6 +48,8 @@ RUN_IN_THE_COPY = {
     "examples/tutorial/complete/tests/conftest.py",
 }
 
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin"]
+
 DUNE = {"isbn": "9780441013593", "title": "Dune"}
 LOAN = "/books/9780441013593/loan"
 
@@ -84,7 +86,10 @@ class Copy:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, *arguments),
             cwd=self.path / directory,
-            env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
+            env=inherited
+            # Of pytest's plugins, the reader has no other than that of PYTEST.
+            | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+            | environment,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -186,18 +191,22 @@ async def test_readers_are_told_of_what_is_committed(
 async def test_the_tests_of_every_step_pass_in_a_copy_each_in_a_file_of_its_own(
     copy: Copy,
 ) -> None:
-    output = await copy.run(".", "-m", "pytest", "-p", "no:cacheprovider", *STEPS)
+    output = await copy.run(".", *PYTEST, *STEPS)
     assert "31 passed" in output
     files = sorted(path.name for path in copy.path.glob("*.db"))
     assert files == [f"test_{step.partition('_')[0]}.db" for step in STEPS]
 
 
-@pytest.mark.parametrize(("directory", "passed"), [("step5_tests", 11), ("complete", 14)])
+@pytest.mark.parametrize(
+    ("directory", "passed", "url"),
+    # The plugin that rolls back is the same: one of them on each database.
+    [("step5_tests", 11, "sqlite"), ("complete", 14, "postgresql")],
+    indirect=["url"],
+)
 async def test_the_tests_of_the_last_step_and_of_the_application_leave_no_row(
     directory: str, passed: int, copy: Copy, url: str
 ) -> None:
-    command = ["-m", "pytest", "-p", "no:cacheprovider"]
-    output = await copy.run(directory, *command, TEST_DATABASE_URL=url)
+    output = await copy.run(directory, *PYTEST, TEST_DATABASE_URL=url)
     assert f"{passed} passed" in output
     for table in "book", "loan":
         assert await Outside(url).rows(f"SELECT * FROM {table}") == []
