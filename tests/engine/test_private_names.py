@@ -50,6 +50,7 @@ from context_async_sqlalchemy._engine.begin_in_flight import write_with_next
 from context_async_sqlalchemy._engine.session_queue import CALLS
 from tests.helpers.database import Database
 from tests.helpers.models import Item
+from tests.helpers.public import public_names
 
 PACKAGE = Path(context_async_sqlalchemy.__file__).parent
 FLUSH = b"H\0\0\0\4"  # which the server takes at any time
@@ -609,12 +610,7 @@ async def test_what_is_spawned_waits_inside_a_greenlet() -> None:
 
 
 def test_every_private_name_has_a_test() -> None:
-    functions = {
-        name
-        for name, value in vars(private_names).items()
-        if getattr(value, "__module__", None) == private_names.__name__
-    }
-    functions -= {"_TellsOfCommit"}
+    functions = set(public_names(private_names))
     tested = set(inspect.getsource(inspect.getmodule(transaction_of)).split("private_names.")[1:])  # type: ignore[arg-type]
     used = {re.split(r"\W", part)[0] for part in tested}
     assert functions - used == set()
