@@ -195,7 +195,7 @@ class Replicated(DBConnect[SessionT_co]):
     def _give_position(self) -> None:
         """Let the response have a cookie with the position after what is committed until then."""
         request = _request_here()
-        if request is None or request.started or self._engines.is_pinned:
+        if request is None or request.start is not None or self._engines.is_pinned:
             return
         given = _choices.setdefault(request, _Choice()).given
         if self.context_key not in given:

@@ -97,13 +97,13 @@ async def _hand_over(context: RequestContext, start: Message, outer: BaseExcepti
     Who called it handles the error `outer`. What it did is settled now if the body is still to be
     made: that may begin before the response starts, and has a transaction of its own.
     """
-    context.handed_over = status = start["status"]
+    context.handed_over = start["status"]
     if context.answered is not None or sys.exception() is not None:
         context.outer = (*context.outer, outer)
         context.answered = context.handled_error()
     if context.is_settled():
         context.was_settled = True
     elif is_streamed(start) and not context.settles_late:
-        if (settling := context.settle_by(status)) is not None:
+        if (settling := context.settle_by(start)) is not None:
             await settling
         context.was_settled = not context.in_transaction()

@@ -111,14 +111,14 @@ class ASGIHTTPDBSessionMiddleware:
             try:
                 await app(scope, context.receive, context.forward)
             except Exception:
-                if context.failure is None or context.started:
+                if context.failure is None or context.start is not None:
                     raise
-            if context.failure is not None and not context.started:
+            if context.failure is not None and context.start is None:
                 # What became of it inside does not matter: the application took it for a success.
                 context.error = context.answered = None
                 await self.respond_to_failure(context.failure, scope, receive, context.forward)
         except BaseException as error:
-            await abandon(context, error, has_answered=context.started)
+            await abandon(context, error, has_answered=context.start is not None)
             raise
         else:
             if not context.end_at_once():

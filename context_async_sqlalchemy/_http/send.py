@@ -1,14 +1,13 @@
 """The context of a request, whose `send` settles it before the response starts."""
 
 import sys
-from asyncio import get_running_loop
+from asyncio import get_running_loop, sleep
 from collections.abc import Awaitable, Callable
 
-from context_async_sqlalchemy._engine.log import logger
-from context_async_sqlalchemy._http.messages import ends_body
+from context_async_sqlalchemy._http.messages import Streamed, ends_response, has_no_body
 from context_async_sqlalchemy._unit.context import DBSessionContext, _context
 from context_async_sqlalchemy._unit.hidden import send_hidden
-from context_async_sqlalchemy._unit.lost_work import tell_of_lost_work
+from context_async_sqlalchemy._unit.lost_work import tell_of_cut_off_body, tell_of_lost_work
 from context_async_sqlalchemy._unit.settle import BeforeCommitCallback, is_success, settle
 from context_async_sqlalchemy.asgi_types import Message, Receive, Scope, Send
 
@@ -40,7 +39,8 @@ class RequestContext(DBSessionContext):
         self.send = send
         self.before_commit = before_commit
         self.commit_on = commit_on
-        self.started = False
+        self.start: Message | None = None  # of the response, when it is on its way
+        self.streamed: Streamed | None = None  # its body, if it comes in parts
         self.completed = False  # the last part of the body was sent
         self.commit = False  # what the status of the response asks for
         self.failure: Exception | None = None  # kept a response from starting
@@ -78,32 +78,31 @@ class RequestContext(DBSessionContext):
         finally:
             _context.reset(token)
 
-    # Not `__call__`, which Python calls in a slower way. Nor a coroutine of its own for what most
-    # messages need.
+    # Neither `__call__`, which is slower, nor a coroutine, which most messages do not need.
     def forward(self, message: Message) -> Awaitable[None]:
         """Send a message to the server."""
         if message["type"] == "http.response.start":
             if self.held or self.commits is not None or self.error is not None:
                 return self._settle_and_start(message)
             self.commit = self.asks_for_commit(message["status"])
-            self._start()
-        elif self.started and ends_body(message):
+            self.start, self.answered, self.outer = message, None, ()
+        elif self.start is not None:
+            if not ends_response(self.start, message):
+                self.streamed = self.streamed or Streamed(self.start)
+                return sleep(0) if self.streamed.keeps(message) else self.send(message)
             is_settled = self.settles_late or self.is_settled()
-            if not is_settled or self.error is not None or self.is_cut_off:
+            if not is_settled or self.error is not None or self.is_cut_off or self.streamed:
                 return self._settle_and_end(message)
             self.completed = True
             return send_hidden(self.send, message)
         return self.send(message)
 
     async def _settle_and_start(self, message: Message) -> None:
-        if (settling := self.settle_by(message["status"])) is not None:
+        if (settling := self.settle_by(message)) is not None:
             await settling
-        self._start()
+        # The tracebacks of the others refer to this object.
+        self.start, self.answered, self.outer = message, None, ()
         await self.send(message)
-
-    def _start(self) -> None:
-        self.started = True
-        self.answered, self.outer = None, ()  # the tracebacks of which refer to this object
 
     async def _settle_and_end(self, message: Message) -> None:
         if self.error is not None:
@@ -113,19 +112,21 @@ class RequestContext(DBSessionContext):
                 # A client that has the whole body must be able to rely on what it says.
                 await settle(self, commit=True, before_commit=self.before_commit)
             self.completed = True
-        await send_hidden(self.send, message)
+        for each in (*(self.streamed.kept if self.streamed else ()), message):
+            await send_hidden(self.send, each)
 
-    def settle_by(self, status: int) -> Awaitable[None] | None:
-        """Settle by the status what is open, unless it is the body's; return what to wait for."""
+    def settle_by(self, start: Message) -> Awaitable[None] | None:
+        """Return what settles, by the start of the response, what is open and not the body's."""
+        status = start["status"]
         if self.error is not None and (sys.exception() is self.error or status >= 400):
             # Another middleware answers it, and what the body has begun is of no use.
             self.error, self.was_settled = None, False
+        if self.error is not None and (not self.was_settled or has_no_body(start)):
+            raise self.error  # nothing is committed, or a body that is cut off would not tell
         self.commit = self.asks_for_commit(status)
         if self.commit:
             self.note_commit()
-        if self.was_settled and (self.commit or status == self.handed_over):
-            return None
-        if self.is_settled():
+        if self.is_settled() or (self.was_settled and (self.commit or status == self.handed_over)):
             return None
         if not self.commit or self.rolls_back:
             tell_of_lost_work(self, status)
@@ -150,12 +151,8 @@ class RequestContext(DBSessionContext):
 
     def succeeded(self) -> bool:
         """Return whether to commit what is open when the application has returned."""
-        if self.started and not self.completed and self.in_transaction():
-            # Starlette stops the body of a client that hangs up, and returns as if it had ended.
-            logger.warning(
-                "A response was not completed, as when its client hangs up: what was written after "
-                "it had started is rolled back."
-            )
+        if self.start is not None and not self.completed and self.in_transaction():
+            tell_of_cut_off_body()
         return self.completed and (self.commit or not self.settles_late)
 
     async def _settle(self) -> None:

@@ -17,6 +17,7 @@ from context_async_sqlalchemy._engine.checks import check_before_commit
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.private_names import starlette_handlers
 from context_async_sqlalchemy._http.hand_over import see_hand_over
+from context_async_sqlalchemy._http.messages import Streamed
 from context_async_sqlalchemy._http.middleware import ASGIHTTPDBSessionMiddleware
 from context_async_sqlalchemy._http.options import checked_methods, is_async, reading
 from context_async_sqlalchemy._http.same_request import application_around, has_context
@@ -83,7 +84,8 @@ async def starlette_http_db_session_middleware(
     try:
         try:
             response = await call_next(request)
-            if (settled := context.settle_by(response.status_code)) is not None:
+            start: Message = {"status": response.status_code, "headers": response.raw_headers}
+            if (settled := context.settle_by(start)) is not None:
                 await settled
         except Exception:
             if context.failure is None:
@@ -92,10 +94,10 @@ async def starlette_http_db_session_middleware(
             await finish(context, commit=False)
             context.forget()
             return response
-        context.started = True
+        context.start = start
         if "body_iterator" in vars(response):
             context.leave()
-            return _EndingResponse(response, context)
+            return _EndingResponse(response, context, Streamed(start))
         context.completed = True
         await finish(context, commit=context.succeeded(), before_commit=before_commit)
     except BaseException as error:
@@ -109,10 +111,11 @@ async def starlette_http_db_session_middleware(
 class _EndingResponse(Response):
     """The response of a request, which ends the context at its own end."""
 
-    def __init__(self, response: Response, context: RequestContext) -> None:
+    def __init__(self, response: Response, context: RequestContext, streamed: Streamed) -> None:
         vars(self).update(vars(response))
         self._class = type(response)
         self._context = context
+        self._streamed = streamed
         self.body_iterator = self._end_with_body(vars(response)["body_iterator"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,8 +139,12 @@ class _EndingResponse(Response):
     async def _end_with_body(self, body: AsyncIterable[Any]) -> AsyncGenerator[Any]:
         # Not in __call__: another middleware may read the body and make another response of it,
         # which Starlette reads in another task.
+        kept: list[Any] = []
         async for part in body:
-            yield part
+            if self._is_last(part):
+                kept.append(part)
+            else:
+                yield part
         if (error := self._context.error) is not None:
             self._context.error = None
             raise error  # which BaseHTTPMiddleware keeps to itself
@@ -145,6 +152,15 @@ class _EndingResponse(Response):
         self._context.enter()
         commit, before_commit = self._context.succeeded(), self._context.before_commit
         await finish(self._context, commit=commit, before_commit=before_commit)
+        for part in kept:
+            yield part
+
+    def _is_last(self, part: Any) -> bool:
+        """Return whether a client takes the response for complete with a part of its body."""
+        if isinstance(part, dict):  # of Starlette's BaseHTTPMiddleware: the path of a file
+            return True
+        body = part.encode(self.charset) if isinstance(part, str) else part
+        return self._streamed.keeps({"type": "http.response.body", "body": body})
 
 
 async def _send_nothing(_: Message) -> None:

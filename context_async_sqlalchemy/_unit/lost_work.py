@@ -27,6 +27,15 @@ def tell_of_lost_work(context: DBSessionContext, status: int) -> None:
         )
 
 
+def tell_of_cut_off_body() -> None:
+    """Warn of a response that was not completed, and so rolls back what its body has written."""
+    # Starlette stops the body of a client that hangs up, and returns as if it had ended.
+    logger.warning(
+        "A response was not completed, as when its client hangs up: what was written after it had "
+        "started is rolled back."
+    )
+
+
 def written(session: AsyncSession) -> tuple[int, int]:
     """Return how many rows and unflushed objects a rollback would undo, as far as it is known."""
     rows = sum(map(rows_written, connections_of(session)))

@@ -134,6 +134,34 @@ async def test_a_streamed_body_whose_commit_fails_is_cut_off(
     assert await database.seats() == []
 
 
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_what_a_body_of_a_known_length_writes_is_committed_before_its_last_byte(
+    connect: DBConnect, database: Database, http: str, is_refused: bool
+) -> None:
+    @ASGIHTTPDBSessionMiddleware
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        (await db_session(connect)).add_all([Seat(number=1), Seat(number=2 - is_refused)])
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        # The client would have the whole of it, and the server has not been told so yet.
+        await add(connect, "after it")
+        await send({"type": "http.response.body"})
+
+    async with http_client(app, http=http, log_level="critical") as client:
+        if is_refused:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.get("/")
+        else:
+            assert (await client.get("/")).text == "xx"
+        assert await database.seats() == ([] if is_refused else [1, 2])
+        assert await database.names() == ([] if is_refused else ["after it"])
+
+
 async def test_a_response_that_is_not_completed_rolls_back_what_its_body_wrote(
     connect: DBConnect, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:

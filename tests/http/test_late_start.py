@@ -201,6 +201,34 @@ async def test_what_a_body_did_that_fails_is_rolled_back_whole(
     assert connections_out(connect) == 0
 
 
+class Reading(BaseHTTPMiddleware):
+    """Makes another response of the body, as what changes it does."""
+
+    async def dispatch(self, request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        return Response(b"".join([part async for part in response.body_iterator]))
+
+
+@pytest.mark.parametrize("length", [None, 1])
+@pytest.mark.parametrize("make", ["starlette", "dispatched"])
+async def test_a_body_that_fails_is_told_of_even_if_another_middleware_makes_an_empty_one_of_it(
+    connect: DBConnect, database: Database, make: str, length: int | None
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        await add(connect, "b")
+        raise ValueError
+        yield "b"
+
+    async def endpoint(_: Request) -> Response:
+        headers = {} if length is None else {"content-length": str(length)}
+        return StreamingResponse(body(), headers=headers)
+
+    app = {"starlette": starlette, "dispatched": dispatched}[make](endpoint, [Reading])
+    assert (await get(app)).status_code == 500
+    assert await database.names() == []
+    assert connections_out(connect) == 0
+
+
 def dispatched(endpoint: Endpoint, middlewares: list[Any]) -> Starlette:
     app = Starlette(routes=[Route("/", endpoint)])
     for middleware in middlewares:

@@ -60,6 +60,33 @@ async def test_every_kind_of_body_completes_a_response(
     assert await database.names() == ["in the body", "after it"]
 
 
+async def test_trailers_that_were_announced_complete_a_response(
+    connect: DBConnect, database: Database
+) -> None:
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send(START | {"trailers": True})
+        await send({"type": "http.response.body"})
+        await add(connect, "after the body")
+        await send({"type": "http.response.trailers", "more_trailers": True})
+        assert await database.names() == []
+        await send({"type": "http.response.trailers"})
+        assert await database.names() == ["after the body"]
+
+    await run(app)
+
+
+async def test_a_response_whose_trailers_do_not_come_is_not_complete(
+    connect: DBConnect, database: Database
+) -> None:
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send(START | {"trailers": True})
+        await add(connect, "in the body")
+        await send({"type": "http.response.body"})
+
+    await run(app)
+    assert await database.names() == []
+
+
 @pytest.mark.usefixtures("no_pauses")
 async def test_a_debug_message_does_not_end_the_attempts() -> None:
     fail = Failing(2)

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
+from httpx import RemoteProtocolError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -27,6 +28,7 @@ from context_async_sqlalchemy.starlette_utils import starlette_http_db_session_m
 from tests.helpers.asgi import add, http_scope
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database
+from tests.helpers.models import Seat
 from tests.helpers.serving import http_client
 from tests.helpers.starlette_apps import add_dispatch, app_of
 
@@ -132,6 +134,29 @@ async def test_the_dispatch_function_takes_a_streamed_response_of_another_class(
     async with http_client(app) as client:
         assert (await client.get("/")).text == "b"
         assert await database.names() == ["a"]
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+async def test_the_dispatch_function_commits_before_the_last_byte_of_a_known_length(
+    connect: DBConnect, database: Database, is_refused: bool
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        yield "é"
+        (await db_session(connect)).add_all([Seat(number=1), Seat(number=2 - is_refused)])
+        yield "x"
+        await add(connect, "after it")
+
+    async def endpoint(_: Request) -> Response:
+        return StreamingResponse(body(), headers={"content-length": "3"})
+
+    async with http_client(app_of(endpoint, add_dispatch), log_level="critical") as client:
+        if is_refused:
+            with pytest.raises(RemoteProtocolError):
+                await client.get("/")
+        else:
+            assert (await client.get("/")).text == "éx"
+    assert await database.seats() == ([] if is_refused else [1, 2])
+    assert await database.names() == ([] if is_refused else ["after it"])
 
 
 @pytest.mark.parametrize("reads", [False, True])
