@@ -15,9 +15,7 @@ from typing import Any
 import asyncpg
 import pytest
 import pytest_asyncio
-import sqlalchemy
 import stamina
-from packaging.version import Version
 from sqlalchemy import URL, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -30,17 +28,20 @@ pytest.register_assert_rewrite(
 )
 
 from tests.helpers.connections import connections_out
-from tests.helpers.database import Database, checked_connect, make_connect, new_database
+from tests.helpers.database import (
+    LEAVES_TO_THE_COLLECTOR,
+    Database,
+    checked_connect,
+    collect_connections,
+    make_connect,
+    new_database,
+)
 from tests.helpers.models import Base
 from tests.helpers.names import unique_name
 from tests.helpers.postgres import postgres_server
 from tests.helpers.programs import Outside, connects_of, load_program
 
 _resources = ExitStack()
-
-# SQLAlchemy before 2.0.53 leaves a connection whose opening was cancelled to the garbage collector,
-# which may come in any later test.
-LEAVES_TO_THE_COLLECTOR = Version(sqlalchemy.__version__) < Version("2.0.53")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,8 +97,8 @@ async def database(database_url: URL) -> AsyncGenerator[Database]:
     # A test that left something open should fail, not hang.
     await connection.execute("SET lock_timeout = '10s'")
     database = Database(connection)
-    if LEAVES_TO_THE_COLLECTOR and await database.backends():
-        gc.collect()
+    if await database.backends():
+        collect_connections()
     await database.is_quiet()
     await database.empty()
     yield database
