@@ -63,6 +63,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Hypothesis looks for who refers to something
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # Tests report in their teardown how many points they tried, and what they measured.
     reports = [r for r in terminalreporter.stats.get("", []) if r.when == "teardown"]
