@@ -45,6 +45,7 @@ _resources = ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all is imported: there is hardly any garbage yet
     if LEAVES_TO_THE_COLLECTOR:
         config.addinivalue_line("filterwarnings", "ignore::ResourceWarning")
     # pytest-xdist workers inherit the environment of the process that starts them.
@@ -57,10 +58,11 @@ def pytest_unconfigure() -> None:
     _resources.close()
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     # What was imported stays: a test that collects garbage need not go through it, for 0.3 seconds.
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
