@@ -104,7 +104,7 @@ async def request_that_waits(
         yield request
 
 
-@pytest.mark.parametrize("command", [UVICORN, GUNICORN, PRELOADED])
+@pytest.mark.parametrize("command", [UVICORN, PRELOADED])
 async def test_the_processes_have_no_more_connections_than_their_pools(
     command: str, run: Run, database: Database
 ) -> None:
@@ -133,7 +133,7 @@ async def test_a_connect_that_was_used_before_the_fork_is_that_of_each_process(
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("command", [UVICORN, GUNICORN, PRELOADED])
+@pytest.mark.parametrize("command", [UVICORN, PRELOADED])
 async def test_a_request_is_finished_when_the_server_is_stopped(
     command: str, run: Run, database: Database, postgresql: str
 ) -> None:
