@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from context_async_sqlalchemy._engine.cancel_at_server import cancel_at_server
+from context_async_sqlalchemy._engine.discard import note_discarded
 from context_async_sqlalchemy._engine.driver_errors import is_refused_commit
 from context_async_sqlalchemy._engine.private_names import (
     CommitWasRollbackError,
@@ -94,6 +95,7 @@ class _Check:
         replace_of_dialect(engine.dialect, "do_commit", self._commit)
         event.listen(engine, "checkin", _clean)
         cancel_at_server(engine)
+        note_discarded(engine)
         event.listen(engine, "handle_error", _note_error)
 
     def _commit(self, connection: PoolProxiedConnection) -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Engine
+from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
@@ -25,9 +25,8 @@ from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 # What is read
 
-EXECUTE = (
-    "_execute_internal"  # of a Session: each statement, those of a lazy load and a subclass too
-)
+# Of a Session: each statement, those of a lazy load and a subclass too.
+EXECUTE = "_execute_internal"
 
 
 def connections_of(transaction: SessionTransaction) -> list[Connection]:
@@ -61,15 +60,13 @@ def is_changing(transaction: SessionTransaction) -> bool:
 
 def is_connecting(transaction: SessionTransaction) -> bool:
     """Return whether a task is taking a connection."""
-    current = transaction._current_fn
-    return current is not None and current.__name__ == "_connection_for_bind"
+    return getattr(transaction._current_fn, "__name__", None) == "_connection_for_bind"
 
 
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is inside a statement of a connection."""
     adapter = connection.connection.dbapi_connection
-    lock = lock_of(adapter)
-    if lock is not None and lock.locked():
+    if (lock := lock_of(adapter)) is not None and lock.locked():
         return True
     # psycopg queues statements itself, and is public about what it does.
     status = getattr(getattr(adapter, "info", None), "transaction_status", None)
@@ -149,13 +146,12 @@ class CommitWasRollbackError(Exception):
 
 def let_commit_tell(driver_connection: Any) -> None:
     """Let a connection of asyncpg raise `CommitWasRollbackError`."""
-    # Its transaction ignores the tag of the answer, and its connection has no way to be asked. A
-    # `connection_class` would miss the engines that others make.
+    # It ignores the tag of the answer. A `connection_class` would miss the engines of others.
     cls = type(driver_connection)
     if cls not in _telling.values() and hasattr(cls, "get_server_pid"):
         if cls not in _telling:
-            namespace = {"__slots__": (), "__module__": cls.__module__}
-            _telling[cls] = type(cls.__name__, (_TellsOfCommit, cls), namespace)
+            names = {"__slots__": (), "__module__": cls.__module__}
+            _telling[cls] = type(cls.__name__, (_TellsOfCommit, cls), names)
         replace_class(driver_connection, _telling[cls])
 
 
@@ -179,8 +175,7 @@ _telling: dict[type, type] = {}
 class CallsBeforeWrite:
     """Makes a protocol of asyncpg call `before_write` once what it will send cannot be refused."""
 
-    # Encoding it comes first, and writing it after; both are compiled, and so is all between them,
-    # but for this method, which is looked up.
+    # Encoding it and writing it are compiled, and so is all between them but for this method.
 
     before_write: Callable[[], None]
 
@@ -224,8 +219,7 @@ def pool_with_queues(
 
     # SQLAlchemy names the logger of a pool after its class.
     namespace = {"__module__": AsyncAdaptedQueuePool.__module__, "_queue_class": Queue}
-    base = AsyncAdaptedQueuePool
-    return type(base.__name__, (base,), namespace)
+    return type("AsyncAdaptedQueuePool", (AsyncAdaptedQueuePool,), namespace)
 
 
 class WatchedStaticPool(StaticPool):
@@ -284,6 +278,14 @@ def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     connection = entry.dbapi_connection
     entry.dbapi_connection = None  # type: ignore[misc]  # declared read-only
     return connection
+
+
+def take_pooled(connection: Connection) -> PoolProxiedConnection:
+    """Take from a connection what it has of the pool, as if that were invalidated already."""
+    # SQLAlchemy does so only when the connection of the driver has been closed.
+    pooled = connection.connection
+    connection._dbapi_connection = None
+    return pooled
 
 
 def wrap_routers(

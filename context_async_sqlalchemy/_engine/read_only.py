@@ -14,8 +14,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from context_async_sqlalchemy._engine.border import real_session, sync_engine_of
 from context_async_sqlalchemy._engine.commits import check_commits
+from context_async_sqlalchemy._engine.discard import invalidate
 from context_async_sqlalchemy._engine.private_names import await_only, takes_one_engine
-from context_async_sqlalchemy._engine.release import invalidate
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._engine.transaction_settings import has_transaction_settings
 from context_async_sqlalchemy._engine.url import is_in_memory

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from context_async_sqlalchemy._engine import private_names
+from context_async_sqlalchemy._engine.discard import invalidate
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._engine.turns import enter_blocks
@@ -92,12 +93,6 @@ def connections_of(session: AsyncSession) -> list[Connection]:
     return private_names.connections_of(transaction) if transaction is not None else []
 
 
-async def invalidate(connection: Connection) -> None:
-    """Close the connection of the driver, and let nobody use it again."""
-    # Outside of a greenlet SQLAlchemy leaves the closing of psycopg's to the garbage collector.
-    await private_names.greenlet_spawn(connection.invalidate)
-
-
 async def _release_each(
     sessions: Sequence[AsyncSession], what: Literal["roll back", "close"]
 ) -> None:
@@ -109,7 +104,7 @@ async def _release_each(
             await _discard(session, connections)  # who takes it is told, and nothing was done on it
             continue
         try:
-            await (session.invalidate if is_in_use(session, connections) else end)()
+            await (_discard(session, connections) if is_in_use(session, connections) else end())
         except Exception:
             logger.exception("A database session failed to %s; its connection is discarded", what)
             await _discard(session, connections)
@@ -120,7 +115,7 @@ async def _discard(session: AsyncSession, connections: list[Connection]) -> None
         # First, so that the session sends nothing as it gives up its savepoints one by one: it
         # would stop at the first that fails.
         for connection in connections:
-            if not connection.closed:
+            if not (connection.closed or connection.invalidated):
                 await invalidate(connection)
         await session.invalidate()
         for connection in connections:

@@ -8,9 +8,10 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from context_async_sqlalchemy._engine.border import real_session
+from context_async_sqlalchemy._engine.discard import invalidate
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._engine.options import SessionT
-from context_async_sqlalchemy._engine.release import connections_of, invalidate
+from context_async_sqlalchemy._engine.release import connections_of
 from context_async_sqlalchemy._engine.release_in_turn import rollback_in_turn
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._engine.turns import hold

@@ -33,6 +33,7 @@ from sqlalchemy.exc import (
     DatabaseError,
     IllegalStateChangeError,
     InvalidRequestError,
+    PendingRollbackError,
     TimeoutError as PoolTimeoutError,
 )
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -512,6 +513,20 @@ def test_a_connection_that_is_taken_out_of_the_pool_is_replaced() -> None:
     assert taken is not None
     taken.close()
     engine.dispose()
+
+
+def test_a_connection_whose_part_of_the_pool_was_taken_is_invalid_before_that_is() -> None:
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+    with engine.connect() as connection:
+        connection.begin()
+        pooled = private_names.take_pooled(connection)
+        assert connection.invalidated
+        connection.invalidate()  # as when a statement fails
+        assert pooled.is_valid
+        pooled.invalidate()
+        with pytest.raises(PendingRollbackError):
+            connection.scalar(select(1))
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
 async def test_every_request_of_fastapi_comes_through_the_method_that_is_wrapped(

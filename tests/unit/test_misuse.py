@@ -26,6 +26,7 @@ from context_async_sqlalchemy import (
     reset_db_session_ctx,
     run_in_new_ctx,
 )
+from context_async_sqlalchemy._engine.private_names import await_only
 from context_async_sqlalchemy.asgi_types import ASGIApp, Receive, Scope, Send
 from tests.helpers.asgi import add, app_of, call, respond
 from tests.helpers.connections import connections_out
@@ -105,6 +106,57 @@ async def test_a_child_task_inside_a_statement_when_its_context_is_settled(
     assert await database.names() == (["a"] if write_first and late and status == 200 else [])
     await call(app_of(lambda _: add_ok(connect)))
     assert "after" in await database.names()
+
+
+@pytest.mark.parametrize("first", ["the request", "its child"])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_what_others_open_in_the_place_of_a_connection_that_two_tasks_discard_is_not_lost(
+    database_url: URL, database: Database, driver: str, first: str
+) -> None:
+    url = database_url.set(drivername=f"postgresql+{driver}")
+    async with DBConnect.from_url(url, pool_size=1, max_overflow=0) as connect:
+
+        async def pid() -> Any:
+            async with new_non_ctx_session(connect) as session:
+                return await session.scalar(text("SELECT pg_backend_pid()"))
+
+        await pid()
+        assert connect.engine is not None
+        dialect: Any = connect.engine.dialect
+        terminate = dialect.do_terminate
+        is_closed, may_go_on = asyncio.Event(), asyncio.Event()
+
+        def terminate_slowly(connection: Any) -> None:
+            dialect.do_terminate = terminate  # once
+            terminate(connection)
+            is_closed.set()
+            await_only(may_go_on.wait())
+
+        dialect.do_terminate = terminate_slowly
+
+        async def child() -> None:
+            session = await db_session(connect)
+            await session.execute(text("SELECT pg_sleep(2)"))
+
+        async def handler(_: Scope) -> int:
+            tasks.append(asyncio.create_task(child()))
+            await statement_is_running(database)
+            if first == "its child":
+                tasks[0].cancel()
+                await is_closed.wait()
+            return 400
+
+        tasks: list[asyncio.Task[Any]] = []
+        request = asyncio.create_task(outcome(call(app_of(handler))))
+        await is_closed.wait()
+        await outcome(tasks[0] if first == "the request" else request)
+        other = asyncio.create_task(pid())
+        async with asyncio.timeout(30):
+            while not (other.done() or connect.pool_status().waiting):
+                await asyncio.sleep(0)
+        may_go_on.set()
+        await outcome(asyncio.gather(request, *tasks))
+        assert await pid() == await other
 
 
 async def add_ok(connect: DBConnect) -> int:
