@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExecutionContext
 from sqlalchemy.ext.asyncio import AsyncResult, AsyncSession
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
@@ -148,7 +148,7 @@ def let_commit_tell(driver_connection: Any) -> None:
     """Let a connection of asyncpg raise `CommitWasRollbackError`."""
     # It ignores the tag of the answer. A `connection_class` would miss the engines of others.
     cls = type(driver_connection)
-    if cls not in _telling.values() and hasattr(cls, "get_server_pid"):
+    if not issubclass(cls, _TellsOfCommit) and hasattr(cls, "get_server_pid"):
         if cls not in _telling:
             names = {"__slots__": (), "__module__": cls.__module__}
             _telling[cls] = type(cls.__name__, (_TellsOfCommit, cls), names)
@@ -199,6 +199,23 @@ def wrap_cursor(result: AsyncResult[Any], wrap: Callable[[Any, Connection], Any]
 def replace_get_bind(session: Session, get_bind: Callable[..., Any]) -> None:
     """Let every later statement of a session call this `get_bind` first, which may raise."""
     session.get_bind = get_bind  # type: ignore[method-assign]
+
+
+class CheckedConnection(Connection):
+    """A connection that calls its own method before it sends a statement."""
+
+    # For a listener, SQLAlchemy joins those of every event, for each connection anew.
+
+    def check(self, context: ExecutionContext) -> None:
+        """Raise if the statement is not to be sent."""
+
+    def _exec_single_context(self, dialect: Dialect, context: Any, *rest: Any) -> Any:
+        self.check(context)
+        return super()._exec_single_context(dialect, context, *rest)
+
+    def _exec_insertmany_context(self, dialect: Dialect, context: ExecutionContext) -> Any:
+        self.check(context)
+        return super()._exec_insertmany_context(dialect, context)
 
 
 def replace_pool(engine: Engine, pool: Pool) -> None:
@@ -286,15 +303,3 @@ def take_pooled(connection: Connection) -> PoolProxiedConnection:
     pooled = connection.connection
     connection._dbapi_connection = None
     return pooled
-
-
-def wrap_routers(
-    router_class: type[Any], wrap: Callable[[Callable[..., Awaitable[None]]], Callable[..., Any]]
-) -> None:
-    """Wrap, once, the method by which every router of FastAPI is called."""
-    # Nothing else lets a dependency know of the response that its request is answered with.
-    call = router_class.__call__
-    if getattr(call, "wrapped_by", None) != __name__:
-        wrapped = wrap(call)
-        wrapped.wrapped_by = __name__  # type: ignore[attr-defined]
-        router_class.__call__ = wrapped

@@ -1,12 +1,12 @@
 """Sessions that only read: on a copy of their engine, which refuses what may do more."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import Connection, StaticPool, event
-from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy import Connection, Engine, StaticPool, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -15,7 +15,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 from context_async_sqlalchemy._engine.border import real_session, sync_engine_of
 from context_async_sqlalchemy._engine.commits import check_commits
 from context_async_sqlalchemy._engine.discard import invalidate
-from context_async_sqlalchemy._engine.private_names import await_only, takes_one_engine
+from context_async_sqlalchemy._engine.private_names import (
+    CheckedConnection,
+    await_only,
+    takes_one_engine,
+)
 from context_async_sqlalchemy._engine.shield import run_to_completion
 from context_async_sqlalchemy._engine.transaction_settings import has_transaction_settings
 from context_async_sqlalchemy._engine.url import is_in_memory
@@ -99,29 +103,8 @@ def copy_of(engine: AsyncEngine, mode: Mode | Literal["transactions"]) -> AsyncE
         if not copies:
             event.listen(engine.sync_engine, "reset", _restore)
         copies[mode] = copy = engine.execution_options(**{READ_ONLY: mode})
-        if mode != TRANSACTIONS:
-            refuse = _refuse_in_autocommit if mode is True else _refuse_writes
-            event.listen(copy.sync_engine, "before_cursor_execute", refuse, retval=True)
-        event.listen(copy.sync_engine, "engine_connect", _prepare)
-        event.listen(copy.sync_engine, "set_connection_execution_options", _set_snapshot)
+        _connect_by(copy.sync_engine, _CLASSES[mode])
     return copies[mode]
-
-
-def _set_snapshot(connection: Connection, options: Mapping[str, Any]) -> None:
-    if SNAPSHOT not in options:
-        return
-    # Not a statement of SQLAlchemy's: before its "begin", where listeners, such as that of
-    # transaction_settings, have queries. After one it is too late.
-    # https://www.postgresql.org/docs/current/sql-set-transaction.html
-    statement = f"SET TRANSACTION SNAPSHOT '{options[SNAPSHOT]}'"
-    driver = connection.dialect.loaded_dbapi
-    cursor = connection.connection.cursor()
-    try:
-        cursor.execute(statement)
-    except driver.Error as error:
-        raise DBAPIError.instance(statement, None, error, driver.Error) from error
-    finally:
-        cursor.close()
 
 
 def _prepare(connection: Connection) -> None:
@@ -163,34 +146,81 @@ def _restore(_: DBAPIConnection, entry: ConnectionPoolEntry, state: PoolResetSta
         restore()
 
 
-def _refuse_in_autocommit(
-    connection: Connection,
-    cursor: DBAPICursor,
-    statement: str,
-    parameters: Any,
-    context: Any,
-    _: Any,
-) -> tuple[str, Any]:
-    # PostgreSQL has cursors in a transaction only.
-    is_stream = context.execution_options.get("stream_results", False)
-    if is_stream and connection.dialect.name == "postgresql":
-        cursor.close()
-        raise InvalidRequestError(_NEEDS_TRANSACTION.format("session.stream() or yield_per"))
-    if statement.startswith("SAVEPOINT"):
-        raise InvalidRequestError(_NEEDS_TRANSACTION.format("begin_nested()"))
-    return _refuse_writes(connection, cursor, statement, parameters)
+def _connect_by(engine: Engine, cls: type[Connection]) -> Engine:
+    """Let an engine, and the copies that are made of it, have connections of a class."""
+    copy = engine.execution_options
+
+    def copy_again(**options: Any) -> Engine:
+        return _connect_by(copy(**options), cls)
+
+    vars(engine).update(connect=partial(cls, engine), execution_options=copy_again)
+    return engine
 
 
-def _refuse_writes(
-    connection: Connection, _: Any, statement: str, parameters: Any, *__: Any
-) -> tuple[str, Any]:
-    if not _reads(statement):
-        instead = connection.get_execution_options().get(INSTEAD, _ANOTHER_SESSION)
-        raise InvalidRequestError(
+class _InTransaction(CheckedConnection):
+    """A connection whose transactions are READ ONLY."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _prepare(self)
+
+
+class _InSnapshot(_InTransaction):
+    """A connection whose transaction reads one snapshot."""
+
+    def execution_options(self, **options: Any) -> Connection:
+        if SNAPSHOT in options:
+            _set_snapshot(self, options[SNAPSHOT])
+        return super().execution_options(**options)
+
+    def check(self, context: Any) -> None:
+        if (refusal := self.refusal(context)) is not None:
+            context.cursor.close()  # or psycopg warns of that of a stream
+            raise InvalidRequestError(refusal)
+
+    def refusal(self, context: Any) -> str | None:
+        if _reads(context.statement):
+            return None
+        instead = self.get_execution_options().get(INSTEAD, _ANOTHER_SESSION)
+        return (
             "This session is read-only, and a statement may do more than read: "
-            f"{statement[:200]}\n{instead}"
+            f"{context.statement[:200]}\n{instead}"
         )
-    return statement, parameters
+
+
+class _InAutocommit(_InSnapshot):
+    """A connection without transactions."""
+
+    def refusal(self, context: Any) -> str | None:
+        # PostgreSQL has cursors in a transaction only.
+        is_stream = context.execution_options.get("stream_results", False)
+        if is_stream and self.dialect.name == "postgresql":
+            return _NEEDS_TRANSACTION.format("session.stream() or yield_per")
+        if context.statement.startswith("SAVEPOINT"):
+            return _NEEDS_TRANSACTION.format("begin_nested()")
+        return super().refusal(context)
+
+
+_CLASSES: dict[object, type[Connection]] = {
+    True: _InAutocommit,
+    "snapshot": _InSnapshot,
+    TRANSACTIONS: _InTransaction,
+}
+
+
+def _set_snapshot(connection: Connection, snapshot: str) -> None:
+    # Not a statement of SQLAlchemy's: before its "begin", where listeners, such as that of
+    # transaction_settings, have queries. After one it is too late.
+    # https://www.postgresql.org/docs/current/sql-set-transaction.html
+    statement = f"SET TRANSACTION SNAPSHOT '{snapshot}'"
+    driver = connection.dialect.loaded_dbapi
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+    except driver.Error as error:
+        raise DBAPIError.instance(statement, None, error, driver.Error) from error
+    finally:
+        cursor.close()
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Generic, Unpack
+from typing import Any, Generic, Unpack
 
 from fastapi import APIRouter
 from fastapi.requests import HTTPConnection
@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from context_async_sqlalchemy._engine.border import real_session, threshold_of
 from context_async_sqlalchemy._engine.options import SessionT
-from context_async_sqlalchemy._engine.private_names import wrap_routers
 from context_async_sqlalchemy._engine.release import close_sessions, refuse_further_use
 from context_async_sqlalchemy._http.same_request import has_context
 from context_async_sqlalchemy._http.send import SCOPE_KEY, RequestContext
@@ -222,6 +221,18 @@ async def _opened_context(scope: Scope) -> AsyncGenerator[None]:
         if not (isinstance(error, HTTPException) and is_success(error.status_code)):
             await settle(context, commit=False)
         raise
+
+
+def wrap_routers(
+    router_class: type[Any], wrap: Callable[[Callable[..., Awaitable[None]]], Callable[..., Any]]
+) -> None:
+    """Wrap, once, the method by which every router of FastAPI is called."""
+    # Nothing else lets a dependency know of the response that its request is answered with.
+    call = router_class.__call__
+    if getattr(call, "wrapped_by", None) != __name__:
+        wrapped = wrap(call)
+        wrapped.wrapped_by = __name__  # type: ignore[attr-defined]
+        router_class.__call__ = wrapped
 
 
 def _settle_requests(call: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:

@@ -20,9 +20,13 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from sqlalchemy import (
     URL,
+    Column,
     Engine,
+    Integer,
+    MetaData,
     NullPool,
     QueuePool,
+    Table,
     create_engine,
     event,
     inspect as inspect_object,
@@ -49,6 +53,7 @@ from context_async_sqlalchemy import DBConnect, new_non_ctx_session
 from context_async_sqlalchemy._engine import private_names
 from context_async_sqlalchemy._engine.begin_in_flight import write_with_next
 from context_async_sqlalchemy._engine.session_queue import CALLS
+from context_async_sqlalchemy._http.dependency import wrap_routers
 from tests.helpers.database import Database
 from tests.helpers.models import Item
 from tests.helpers.public import public_names
@@ -543,8 +548,8 @@ async def test_every_request_of_fastapi_comes_through_the_method_that_is_wrapped
 
     # As it is without any DBSessionDependency.
     monkeypatch.setattr(APIRouter, "__call__", Router.__call__)
-    private_names.wrap_routers(APIRouter, wrap)
-    private_names.wrap_routers(APIRouter, wrap)
+    wrap_routers(APIRouter, wrap)
+    wrap_routers(APIRouter, wrap)
     app, mounted, included = FastAPI(), FastAPI(), APIRouter()
 
     @app.get("/own")
@@ -561,6 +566,29 @@ async def test_every_request_of_fastapi_comes_through_the_method_that_is_wrapped
             called.clear()
             assert (await client.get(path)).status_code == 200
             assert called == [path] * (2 if "mounted" in path else 1)
+
+
+def test_a_connection_calls_its_own_method_before_each_statement() -> None:
+    statements: list[str] = []
+
+    class Checked(private_names.CheckedConnection):
+        def check(self, context: Any) -> None:
+            statements.append(context.statement)
+            if "DROP" in context.statement:
+                raise RuntimeError
+
+    table = Table("checked", MetaData(), Column("id", Integer, primary_key=True))
+    engine = create_engine("sqlite://")
+    with Checked(engine) as connection:
+        table.create(connection)
+        connection.execute(table.insert().returning(table.c.id), [{"id": 1}, {"id": 2}])
+        connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(RuntimeError):
+            connection.execute(text("DROP TABLE checked"))
+        assert [*connection.scalars(select(table.c.id))] == [1, 2]
+    engine.dispose()
+    verbs = [statement.split()[0] for statement in statements]
+    assert [v for v in verbs if v != "PRAGMA"] == ["CREATE", "INSERT", "SELECT", "DROP", "SELECT"]
 
 
 def test_a_static_pool_is_watched() -> None:

@@ -345,6 +345,18 @@ async def test_it_reads_what_belongs_to_the_tenant_of_its_own_session(
         await database.execute(f"DROP SCHEMA {name} CASCADE")
 
 
+@every_mode
+async def test_a_copy_of_its_engine_only_reads(connect: DBConnect, mode: Mode) -> None:
+    async with new_db_session_ctx():
+        engine = (await db_session(connect, read_only=mode)).bind
+        assert isinstance(engine, AsyncEngine)
+        copied = engine.execution_options(first=True).execution_options(second=True)
+        async with copied.connect() as connection:
+            assert (await connection.scalars(NAMES)).all() == []
+            with pytest.raises(InvalidRequestError, match="read-only"):
+                await connection.execute(insert(Item).values(name="a"))
+
+
 async def test_a_sync_session_that_takes_another_engine_is_refused(database_url: URL) -> None:
     engine, other = (create_async_engine(database_url) for _ in range(2))
 
