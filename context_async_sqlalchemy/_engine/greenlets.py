@@ -33,8 +33,7 @@ async def _run_in_greenlet(
     worker = kept.pop() if kept else _new_worker()
     worker.parent = here
     worker.gr_context = here.gr_context  # the context variables are those of this task
-    worker.call = function, args, options
-    waited_for = worker.switch()
+    waited_for = worker.switch(function, args, options)
     while waited_for is not worker:
         try:
             result = await waited_for
@@ -56,13 +55,13 @@ async def _run_in_greenlet(
 
 
 class _Worker(Provider, greenlet):  # type: ignore[misc]
-    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
-    result: Any = None
-    error: BaseException | None = None
+    result: Any
+    error: BaseException | None
 
 
 def _new_worker() -> _Worker:
     worker = _Worker(_work)
+    worker.result = worker.error = None
     worker.switch()
     return worker
 
@@ -70,8 +69,7 @@ def _new_worker() -> _Worker:
 def _work() -> None:
     worker = getcurrent()
     while True:
-        worker.parent.switch(worker)
-        (function, args, options), worker.call = worker.call, None
+        function, args, options = worker.parent.switch(worker)
         try:
             worker.result = function(*args, **options)
         except BaseException as error:

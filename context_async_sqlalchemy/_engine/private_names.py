@@ -31,7 +31,7 @@ EXECUTE = "_execute_internal"
 
 def connections_of(transaction: SessionTransaction) -> list[Connection]:
     """Return the open connections of a transaction; SQLAlchemy 2.1.7 has a public name for them."""
-    connections = {connection for connection, *_ in transaction._connections.values()}
+    connections = {entry[0] for entry in transaction._connections.values()}
     return [c for c in connections if not (c.closed or c.invalidated)]
 
 

@@ -67,8 +67,9 @@ def close_at_once(session: AsyncSession) -> None:
 
 
 def has_objects(session: AsyncSession) -> bool:
-    """Return whether a session has objects, which closing it would detach."""
-    return next(iter(session.sync_session), None) is not None
+    """Return whether a session that `closes_at_once` has objects, which closing it would detach."""
+    # A new one would have begun a transaction.
+    return len(session.sync_session.identity_map) > 0
 
 
 def is_in_use(session: AsyncSession, connections: Sequence[Connection]) -> bool:

@@ -78,7 +78,7 @@ async def commit_session(session: AsyncSession) -> None:
     try:
         if not (is_one := has_one_commit(session, connections)):
             await session.flush()  # what may fail, or wait, comes before the first COMMIT
-        if AWAITED in session.info or not is_one:
+        if AWAITED in session.sync_session.info or not is_one:
             # Cancelled, one would lack the other, or nobody would know whether to run what waits.
             await run_to_completion(session.commit())
         else:
@@ -89,14 +89,13 @@ async def commit_session(session: AsyncSession) -> None:
         raise
 
 
-async def _settle(
+def _settle(
     context: DBSessionContext, commit: bool, before_commit: BeforeCommitCallback | None
-) -> None:
+) -> Coroutine[Any, Any, None]:
     sessions = context.in_transaction()
     if sessions and commit:
-        await _commit(context, sessions, before_commit)
-    else:
-        await rollback_sessions(sessions)
+        return _commit(context, sessions, before_commit)
+    return rollback_sessions(sessions)
 
 
 async def _commit(
