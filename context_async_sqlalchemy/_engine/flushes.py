@@ -5,7 +5,7 @@ SQLAlchemy takes for written whatever was changed until it ends.
 
 from typing import Any
 
-from sqlalchemy import event, inspect
+from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, Session, UOWTransaction, attributes
 
 from context_async_sqlalchemy._engine.private_names import modified_states
@@ -16,7 +16,7 @@ class Flush:
 
     def __init__(self, session: Session) -> None:
         objects = [*session.new, *session.dirty]
-        states: list[InstanceState[Any]] = [inspect(instance) for instance in objects]
+        states: list[InstanceState[Any]] = [*map(attributes.instance_state, objects)]
         self._before = [(s, dict(s.dict), set(s.committed_state)) for s in states]
         self._late: dict[tuple[InstanceState[Any], str], Any] = {}  # with the value before
         self._aside: list[InstanceState[Any]] = []  # changed, and not a part of what is written
