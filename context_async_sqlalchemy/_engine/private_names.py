@@ -47,9 +47,11 @@ def is_committed(transaction: SessionTransaction) -> bool:
 
 def takes_one_engine(session: Session) -> bool:
     """Return whether a session, unless told otherwise, takes the connections of its `bind` only."""
-    # SQLAlchemy 2.1 has a public name for them.
-    binds = getattr(session, "binds", None) or getattr(session, "_Session__binds", None)
-    return type(session).get_bind is Session.get_bind and not binds
+    return type(session).get_bind is Session.get_bind and not getattr(session, _BINDS)
+
+
+# SQLAlchemy 2.1 has a public name for them.
+_BINDS = "binds" if hasattr(Session(), "binds") else "_Session__binds"
 
 
 def is_changing(transaction: SessionTransaction) -> bool:
@@ -202,9 +204,7 @@ def replace_get_bind(session: Session, get_bind: Callable[..., Any]) -> None:
 
 
 class CheckedConnection(Connection):
-    """A connection that calls its own method before it sends a statement."""
-
-    # For a listener, SQLAlchemy joins those of every event, for each connection anew.
+    """Checks its statements; for a listener, SQLAlchemy joins those of every event, each time."""
 
     def check(self, context: ExecutionContext) -> None:
         """Raise if the statement is not to be sent."""
