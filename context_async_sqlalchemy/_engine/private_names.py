@@ -50,8 +50,7 @@ def takes_one_engine(session: Session) -> bool:
     return type(session).get_bind is Session.get_bind and not getattr(session, _BINDS)
 
 
-# SQLAlchemy 2.1 has a public name for them.
-_BINDS = "binds" if hasattr(Session(), "binds") else "_Session__binds"
+_BINDS = "binds" if hasattr(Session(), "binds") else "_Session__binds"  # public since 2.1
 
 
 def is_changing(transaction: SessionTransaction) -> bool:
@@ -96,11 +95,10 @@ def take_cancellations(driver_connection: object) -> set[asyncio.Task[None]]:
     return taken
 
 
-def protocol_and_transport(driver_connection: object) -> tuple[Any, Any]:
+def protocol_and_transport(driver: object) -> tuple[Any, Any]:
     """Return what a connection of asyncpg speaks with, and through; else None, and None."""
     # What asyncpg sends is closed to others. `begin_in_flight` sends BEGIN before it.
-    protocol, transport = (getattr(driver_connection, n, None) for n in ("_protocol", "_transport"))
-    return protocol, transport
+    return getattr(driver, "_protocol", None), getattr(driver, "_transport", None)
 
 
 def pool_of(entry: ConnectionPoolEntry) -> Pool:
@@ -165,8 +163,7 @@ class _TellsOfCommit:
         return self._tell(executing) if query == "COMMIT;" else executing
 
     async def _tell(self, committing: Awaitable[str]) -> str:
-        tag = await committing
-        if tag == "ROLLBACK":
+        if (tag := await committing) == "ROLLBACK":
             raise CommitWasRollbackError
         return tag
 
@@ -178,7 +175,6 @@ class CallsBeforeWrite:
     """Makes a protocol of asyncpg call `before_write` once what it will send cannot be refused."""
 
     # Encoding it and writing it are compiled, and so is all between them but for this method.
-
     before_write: Callable[[], None]
 
     @property
@@ -206,16 +202,19 @@ def replace_get_bind(session: Session, get_bind: Callable[..., Any]) -> None:
 class CheckedConnection(Connection):
     """Checks its statements; for a listener, SQLAlchemy joins those of every event, each time."""
 
+    # An error if one is not there: nothing would be checked.
+    _send_one, _send_many = Connection._exec_single_context, Connection._exec_insertmany_context
+
     def check(self, context: ExecutionContext) -> None:
         """Raise if the statement is not to be sent."""
 
     def _exec_single_context(self, dialect: Dialect, context: Any, *rest: Any) -> Any:
         self.check(context)
-        return super()._exec_single_context(dialect, context, *rest)
+        return self._send_one(dialect, context, *rest)
 
     def _exec_insertmany_context(self, dialect: Dialect, context: ExecutionContext) -> Any:
         self.check(context)
-        return super()._exec_insertmany_context(dialect, context)
+        return self._send_many(dialect, context)
 
 
 def replace_pool(engine: Engine, pool: Pool) -> None:
@@ -234,15 +233,13 @@ def pool_with_queues(
         def _queue(self) -> asyncio.Queue[Any]:
             return (lifo if self.use_lifo else fifo)(self.maxsize)
 
-    # SQLAlchemy names the logger of a pool after its class.
     namespace = {"__module__": AsyncAdaptedQueuePool.__module__, "_queue_class": Queue}
-    return type("AsyncAdaptedQueuePool", (AsyncAdaptedQueuePool,), namespace)
+    base = AsyncAdaptedQueuePool
+    return type(base.__name__, (base,), namespace)  # SQLAlchemy names the logger after it
 
 
 class WatchedStaticPool(StaticPool):
-    """A StaticPool that calls its own methods before a checkout and after a checkin."""
-
-    # The public events come too late: the one before has lost track of its connection by then.
+    """Calls its own methods before a checkout, for which the public event is late, and after."""
 
     def before_checkout(self) -> None:
         """Wait, or raise."""
@@ -292,14 +289,12 @@ def methods_that_spawn(spawn: Callable[..., Awaitable[Any]]) -> dict[str, Any]:
 def take_out(entry: ConnectionPoolEntry) -> DBAPIConnection | None:
     """Take the connection out of its place in the pool, where the next user opens another one."""
     # Closing it waits, and meanwhile nobody may be given it.
-    connection = entry.dbapi_connection
-    entry.dbapi_connection = None  # type: ignore[misc]  # declared read-only
+    connection, entry.dbapi_connection = entry.dbapi_connection, None  # type: ignore[misc]
     return connection
 
 
 def take_pooled(connection: Connection) -> PoolProxiedConnection:
     """Take from a connection what it has of the pool, as if that were invalidated already."""
     # SQLAlchemy does so only when the connection of the driver has been closed.
-    pooled = connection.connection
-    connection._dbapi_connection = None
+    pooled, connection._dbapi_connection = connection.connection, None
     return pooled
