@@ -203,18 +203,18 @@ class CheckedConnection(Connection):
     """Checks its statements; for a listener, SQLAlchemy joins those of every event, each time."""
 
     # An error if one is not there: nothing would be checked.
-    _send_one, _send_many = Connection._exec_single_context, Connection._exec_insertmany_context
+    send_one, send_many = Connection._exec_single_context, Connection._exec_insertmany_context
 
     def check(self, context: ExecutionContext) -> None:
         """Raise if the statement is not to be sent."""
 
     def _exec_single_context(self, dialect: Dialect, context: Any, *rest: Any) -> Any:
         self.check(context)
-        return self._send_one(dialect, context, *rest)
+        return self.send_one(dialect, context, *rest)
 
     def _exec_insertmany_context(self, dialect: Dialect, context: ExecutionContext) -> Any:
         self.check(context)
-        return self._send_many(dialect, context)
+        return self.send_many(dialect, context)
 
 
 def replace_pool(engine: Engine, pool: Pool) -> None:

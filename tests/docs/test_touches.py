@@ -65,7 +65,8 @@ def test_what_is_replaced_is_listed() -> None:
         ast.unparse(target)
         for node in NODES
         if isinstance(node, ast.Assign)
-        for target in node.targets
+        for assigned in node.targets
+        for target in ast.walk(assigned)
         if isinstance(target, ast.Attribute)
     }
     for node in NODES:
