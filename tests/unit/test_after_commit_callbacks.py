@@ -190,3 +190,20 @@ async def test_a_callback_that_is_registered_while_committing_is_not_lost(
 
     await call(app_of(handler, before_commit=before_commit))
     assert calls == ["from before_commit"]
+
+
+async def test_a_listener_of_sqlalchemys_own_that_fails_fails_what_is_committed(
+    connect: DBConnect, database: Database
+) -> None:
+    def fail(_: object) -> None:
+        raise ValueError("too late")
+
+    async def handler(_: Scope) -> int:
+        session = await add(connect, "a")
+        event.listen(session.sync_session, "after_commit", fail, once=True)
+        return 200
+
+    with pytest.raises(ValueError, match="too late"):
+        await call(app_of(handler))
+    assert await database.names() == ["a"]
+    assert connections_out(connect) == 0
