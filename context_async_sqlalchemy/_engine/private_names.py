@@ -260,10 +260,12 @@ class WatchedStaticPool(StaticPool):
         self.after_checkin()
 
 
-def set_authorizer(adapter: Any, authorizer: Callable[..., int] | None) -> None:
-    """Let a function decide what a connection of aiosqlite may do."""
-    # aiosqlite has a public method since 0.22; the call belongs to its thread.
-    adapter.run_async(lambda raw: raw._execute(raw._conn.set_authorizer, authorizer))
+def call_in_thread(connection: Any, function: Callable[[Any], None]) -> None:
+    """Let the thread of a connection of aiosqlite call a function with that of sqlite3."""
+    # It has no public way to; for one that sets an authorizer, since 0.22.
+    calling = connection._execute(function, connection._conn)
+    calling.send(None)
+    calling.close()
 
 
 class Provider:

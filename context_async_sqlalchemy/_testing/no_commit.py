@@ -2,11 +2,13 @@
 
 import re
 import sqlite3
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from sqlalchemy.exc import InvalidRequestError
 
-from context_async_sqlalchemy._engine.private_names import set_authorizer
+from context_async_sqlalchemy._engine.private_names import call_in_thread
 
 ENDED = (
     "The transaction of the test was ended by a COMMIT or a ROLLBACK that did not go through "
@@ -34,7 +36,8 @@ def refuse_end(statement: str) -> None:
 
 def allow_end(driver: Any, allowed: bool) -> None:
     """Let SQLite end its transaction, or refuse to, whoever asks."""
-    set_authorizer(driver, None if allowed else _refuse_transaction)
+    authorizer = None if allowed else _refuse_transaction
+    _ask(driver.driver_connection, lambda sqlite: sqlite.set_authorizer(authorizer))
 
 
 def has_ended(driver: Any) -> bool:
@@ -44,7 +47,23 @@ def has_ended(driver: Any) -> bool:
         return not (raw.is_closed() or raw.is_in_transaction())
     if hasattr(raw, "info"):  # psycopg's
         return bool(raw.info.transaction_status.name == "IDLE")
-    return not raw.in_transaction
+    return not _ask(raw, lambda sqlite: sqlite.in_transaction)
+
+
+def _ask(connection: Any, question: Callable[[Any], Any]) -> Any:
+    """Ask the connection of sqlite3 in its own thread; the event loop waits for the answer."""
+    # Asked from here, SQLite 3.53 waits for the statement that it executes there, which may wait
+    # for the interpreter, to call the authorizer. This wait leaves the interpreter to it.
+    answer: Future[Any] = Future()
+
+    def ask(sqlite: Any) -> None:
+        try:
+            answer.set_result(question(sqlite))
+        except Exception as error:
+            answer.set_exception(error)
+
+    call_in_thread(connection, ask)
+    return answer.result()
 
 
 def _refuse_transaction(action: int, *_: object) -> int:

@@ -54,7 +54,7 @@ class SharedConnection:
         # Other drivers send BEGIN themselves, but not for what bypasses SQLAlchemy, such as COPY.
         await greenlet_spawn(self.execute, "BEGIN" if is_sqlite else NO_COMMIT)
         if is_sqlite:
-            await greenlet_spawn(allow_end, driver, False)
+            allow_end(driver, False)
 
     async def end(self) -> None:
         """Roll everything back; further use is refused."""
@@ -68,7 +68,7 @@ class SharedConnection:
                 await self._connection.invalidate()
             else:
                 if self._connection.dialect.name == "sqlite":
-                    await greenlet_spawn(allow_end, self.driver, True)
+                    allow_end(self.driver, True)
                 await greenlet_spawn(self.driver.rollback)
         except Exception:
             logger.exception("The transaction of a test failed to roll back")

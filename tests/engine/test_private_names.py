@@ -7,12 +7,14 @@ import asyncio
 import inspect
 import re
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import aiosqlite
 import asyncpg
 import greenlet  # type: ignore[import-untyped]
 import httpx
@@ -34,7 +36,6 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import (
-    DatabaseError,
     IllegalStateChangeError,
     InvalidRequestError,
     PendingRollbackError,
@@ -96,21 +97,18 @@ def test_the_methods_of_a_session_that_wait_call_one_function() -> None:
     assert AsyncSession.execute.__globals__["greenlet_spawn"] is greenlet_spawn
 
 
-async def test_a_function_decides_what_a_connection_of_sqlite_may_do(
-    sqlite_connect: DBConnect,
-) -> None:
-    async with new_non_ctx_session(sqlite_connect) as session:
-        adapter = (await (await session.connection()).get_raw_connection()).dbapi_connection
+async def test_the_thread_of_an_aiosqlite_connection_calls_a_function() -> None:
+    called: asyncio.Queue[tuple[object, int]] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
 
-        def set_to(authorizer: Callable[..., int] | None) -> None:
-            private_names.set_authorizer(adapter, authorizer)
+    def tell(raw: object) -> None:
+        loop.call_soon_threadsafe(called.put_nowait, (raw, threading.get_ident()))
 
-        await greenlet_spawn(set_to, lambda *_: sqlite3.SQLITE_DENY)
-        with pytest.raises(DatabaseError, match="not authorized"):
-            await session.execute(select(1))
-        await greenlet_spawn(set_to, None)
-        await session.rollback()
-        assert await session.scalar(select(1)) == 1
+    async with aiosqlite.connect(":memory:") as connection:
+        private_names.call_in_thread(connection, tell)
+        raw, thread = await asyncio.wait_for(called.get(), 20)
+    assert isinstance(raw, sqlite3.Connection)
+    assert thread != threading.get_ident()
 
 
 async def test_the_connections_of_a_transaction_are_known(any_connect: DBConnect) -> None:

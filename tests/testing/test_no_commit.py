@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+import threading
+import time
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
+import aiosqlite
 import httpx
 import pytest
 from sqlalchemy import insert, text
@@ -14,6 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from context_async_sqlalchemy import DBConnect, new_non_ctx_session, run_in_new_ctx
+from context_async_sqlalchemy._testing.no_commit import has_ended
 from context_async_sqlalchemy.starlette_utils import database_health
 from context_async_sqlalchemy.test_utils import shared_transaction
 from tests.helpers.database import Database
@@ -171,3 +178,31 @@ async def test_a_database_that_cannot_keep_a_test_in_its_transaction_is_refused(
         with pytest.raises(NotImplementedError, match="for PostgreSQL and SQLite"):
             async with shared_transaction(connect):
                 pytest.fail("the block must not run")
+
+
+async def test_sqlite_is_asked_while_its_thread_is_inside_a_statement() -> None:
+    has_begun = threading.Event()
+
+    def wait() -> None:
+        has_begun.set()
+        time.sleep(0.1)  # and then needs the interpreter, while SQLite lets no other thread in
+
+    async with aiosqlite.connect(":memory:") as connection:
+        driver = SimpleNamespace(driver_connection=connection)
+        await connection.create_function("wait", 0, wait)
+        task = asyncio.create_task(connection.execute_fetchall("SELECT wait()"))
+        await asyncio.sleep(0)
+        assert has_begun.wait(20)
+        assert has_ended(driver)
+        await task
+        await connection.execute("BEGIN")
+        assert not has_ended(driver)
+
+
+async def test_a_sqlite_connection_that_is_being_closed_says_so() -> None:
+    async with aiosqlite.connect(":memory:") as connection:
+        closing = asyncio.create_task(connection.close())
+        await asyncio.sleep(0)  # it has been asked to
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            has_ended(SimpleNamespace(driver_connection=connection))
+        await closing
