@@ -25,8 +25,7 @@ from sqlalchemy.util.queue import AsyncAdaptedQueue
 
 # What is read
 
-# Of a Session: each statement, those of a lazy load and a subclass too.
-EXECUTE = "_execute_internal"
+EXECUTE = "_execute_internal"  # of a Session: each statement, those of a lazy load and a subclass
 
 
 def connections_of(transaction: SessionTransaction) -> list[Connection]:
@@ -75,8 +74,7 @@ def is_executing(connection: Connection) -> bool:
 
 
 def lock_of(connection: object) -> asyncio.Lock | None:
-    """Return the lock that SQLAlchemy's adapter of a driver holds during a statement."""
-    # Drivers that queue statements themselves have none.
+    """Return the lock that SQLAlchemy's adapter of a driver holds during a statement, if any."""
     return getattr(connection, "_execute_mutex", None)
 
 

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from context_async_sqlalchemy._engine.driver_errors import was_canceled
 from context_async_sqlalchemy._engine.log import logger
 from context_async_sqlalchemy._http.options import checked_methods
-from context_async_sqlalchemy._http.send import COMMITS
+from context_async_sqlalchemy._http.send import COMMITS, STOPPED
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -167,6 +167,7 @@ class _Request:
             self._timer = self._loop.call_later(_MOMENT, self.stop, status)
             return
         self._is_stopped, self._status = True, status
+        self._commits.append(STOPPED)  # none begins before the next round of the loop, either
         self._block.reschedule(self._loop.time())
 
     async def _forward(self, message: Message) -> None:

@@ -17,6 +17,9 @@ SCOPE_KEY = "context_async_sqlalchemy"
 COMMITS = "context_async_sqlalchemy.commits"
 """In the scope, or a copy, of a request with limits: a list of what has begun to commit."""
 
+STOPPED = "stopped"
+"""In that list, if the request is about to be cancelled."""
+
 
 class RequestContext(DBSessionContext):
     """The context of a request, made in the event loop that serves it."""
@@ -67,8 +70,10 @@ class RequestContext(DBSessionContext):
             del self.scope[SCOPE_KEY]
         self.error = self.answered = None
 
-    def note_commit(self) -> None:
-        self.scope.get(COMMITS, []).append(self)
+    def note_commit(self) -> bool:
+        noted = self.scope.get(COMMITS, [])
+        noted.append(self)
+        return STOPPED in noted
 
     async def receive(self) -> Message:
         """Receive a message: a server that goes on reading then does so from here, for good."""

@@ -98,8 +98,9 @@ class DBSessionContext:
             self.held = tuple(h for h in self.held if given_session(h.session) is not session)
         return session
 
-    def note_commit(self) -> None:
-        """Called when a commit begins."""
+    def note_commit(self) -> bool:
+        """Note that a commit begins; return whether it is about to be cancelled."""
+        return False
 
     def enter(self) -> None:
         """Make it the context of this task."""

@@ -1,5 +1,6 @@
 """How a context is settled, its sessions committed or rolled back, and how a unit of work ends."""
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -62,8 +63,6 @@ def settle(
 ) -> Coroutine[Any, Any, None]:
     """Commit or roll back what is open in a context now."""
     commit = commit and not context.rolls_back
-    if commit:
-        context.note_commit()
     if context.commits is None:
         return _settle(context, commit, before_commit)
     return context.commits.settle(context, commit, partial(_settle, before_commit=before_commit))
@@ -105,6 +104,8 @@ async def _commit(
 ) -> None:
     committed: list[AsyncSession] = []
     try:
+        if context.note_commit():
+            await asyncio.sleep(0.05)  # the cancellation comes here, or has been caught before
         if before_commit is not None or len(sessions) > 1:
             for session in sessions:
                 connections_to_end(session)  # before anything would wait for it

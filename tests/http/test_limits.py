@@ -31,6 +31,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from context_async_sqlalchemy import DBConnect, db_session, on_commit
+from context_async_sqlalchemy._http.limits import _here
 from context_async_sqlalchemy.asgi_types import ASGIApp, Message, Receive, Scope, Send
 from context_async_sqlalchemy.asgi_utils import (
     ASGIHTTPDBSessionMiddleware,
@@ -46,7 +47,7 @@ from context_async_sqlalchemy.starlette_utils import add_starlette_http_db_sessi
 from tests.helpers.asgi import add, http_scope, respond
 from tests.helpers.connections import connections_out
 from tests.helpers.database import Database, assert_clean
-from tests.helpers.late_start import Holding, Spawning
+from tests.helpers.late_start import Buffering, Holding, Spawning
 from tests.helpers.models import Item
 from tests.helpers.proxy import Call, Fault, proxy
 from tests.helpers.servers import SERVERS, running_server
@@ -270,6 +271,36 @@ async def test_whoever_leaves_after_the_start_is_not_stopped_by_it(connect: DBCo
         writer.close()
         async with asyncio.timeout(10):
             await ended.wait()
+
+
+@pytest.mark.parametrize("between", [[], [Copying], [Spawning]])
+@pytest.mark.parametrize(("streams", "attempts"), [(False, 1), (False, 2), (True, 1)])
+async def test_no_commit_begins_between_the_stop_and_the_cancellation(
+    connect: DBConnect, database: Database, between: list[Any], streams: bool, attempts: int
+) -> None:
+    async def write() -> None:
+        await add(connect, "a")
+        request = _here.get()
+        assert request is not None
+        request.stop(504)  # as a timer does, in a round of the loop in which this goes on
+
+    async def body() -> AsyncGenerator[str]:
+        await write()
+        yield "done"
+
+    async def handler(_: Request) -> Response | None:
+        if streams:
+            return StreamingResponse(body())
+        await write()
+        return None
+
+    app = app_of(handler, attempts=attempts)
+    late = [Buffering] if streams else []  # or else the response has started
+    app.user_middleware[1:1] = map(Middleware, [*late, *between])
+    assert await answer_of(app) == (504, "Gateway Timeout")
+    await database.is_quiet()
+    await assert_clean(connect, database)
+    assert await database.names() == []
 
 
 @pytest.mark.parametrize("middlewares", [[], [Holding, Spawning]])
