@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from typing import Any
@@ -12,8 +13,13 @@ from context_async_sqlalchemy.asgi_types import ASGIApp
 async def request(app: ASGIApp, path: str) -> bytes:
     """Send a request; return the body of its response, which has to be a 200."""
     messages: list[Any] = []
+    received = False
 
     async def receive() -> dict[str, Any]:
+        nonlocal received
+        if received:  # a server has no more to say until the client leaves
+            await asyncio.get_running_loop().create_future()
+        received = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Any) -> None:
