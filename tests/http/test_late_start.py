@@ -40,6 +40,7 @@ from tests.helpers.database import Database
 from tests.helpers.failures import Failing
 from tests.helpers.late_start import LATE, Holding, Spawning
 from tests.helpers.models import Seat
+from tests.helpers.serving import http_client
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 MakeApp = Callable[..., Any]
@@ -225,6 +226,25 @@ async def test_a_body_that_fails_is_told_of_even_if_another_middleware_makes_an_
 
     app = {"starlette": starlette, "dispatched": dispatched}[make](endpoint, [Reading])
     assert (await get(app)).status_code == 500
+    assert await database.names() == []
+    assert connections_out(connect) == 0
+
+
+async def test_another_middleware_outside_ends_a_body_that_fails_as_if_it_were_whole(
+    connect: DBConnect, database: Database
+) -> None:
+    async def body() -> AsyncGenerator[str]:
+        yield "a"
+        await add(connect, "b")
+        raise ValueError
+
+    async def endpoint(_: Request) -> Response:
+        return StreamingResponse(body())
+
+    app = starlette(endpoint, [])
+    app.add_middleware(Spawning)
+    async with http_client(app, log_level="critical") as client:
+        assert (await client.get("/")).text == "a", "as the page says"
     assert await database.names() == []
     assert connections_out(connect) == 0
 
