@@ -105,7 +105,8 @@ async def _commit(
     committed: list[AsyncSession] = []
     try:
         if context.note_commit():
-            await asyncio.sleep(0.05)  # the cancellation comes here, or has been caught before
+            for _ in range(20):  # rounds of the loop: from task to task it takes two or three
+                await asyncio.sleep(0)
         if before_commit is not None or len(sessions) > 1:
             for session in sessions:
                 connections_to_end(session)  # before anything would wait for it
